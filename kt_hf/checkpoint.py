@@ -1,0 +1,185 @@
+"""Checkpoints: staged, hashed while written, fsynced, renamed into place. Tensors in safetensors, facts in JSON; nothing is
+pickled.
+
+    step-000120/
+      state.safetensors   model/<name>, strategies/<name>, optim/<parameter>/<key>
+      trainer.json        step, histories, settings
+      manifest.json       sha256 and size of every file
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from kt_hf.errors import IntegrityError, ResourceError
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@contextmanager
+def disk(folder: Path) -> Iterator[None]:
+    """Turn a full or unwritable disk into a `ResourceError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise ResourceError(f"the disk is full: {folder}", "free some space and run again; nothing that was saved is lost") from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise ResourceError(f"cannot write to {folder}: {error.strerror}", "choose another --output-dir") from error
+        raise
+
+
+def write(path: Path, chunks: Iterator[Any] | list[Any]) -> dict[str, Any]:
+    """Write and fsync a file; returns its sha256 and size, computed on the way."""
+    digest, size = hashlib.sha256(), 0
+    with open(path, "wb") as file:
+        for chunk in chunks:
+            digest.update(chunk)
+            size += len(memoryview(chunk).cast("B"))
+            file.write(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"sha256": digest.hexdigest(), "size": size}
+
+
+def tensor_chunks(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> Iterator[Any]:
+    """The bytes of a safetensors file, tensor by tensor, without a copy of the whole."""
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    offset = 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for tensor in tensors.values():
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        if flat.numel():
+            yield memoryview(flat.view(torch.uint8).numpy())
+
+
+def fsync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, value: Any) -> dict[str, Any]:
+    return write(path, [json.dumps(value, indent=1, sort_keys=True, default=str).encode()])
+
+
+def write_manifest(folder: Path, files: dict[str, dict[str, Any]], **facts: Any) -> None:
+    write_json(folder / "manifest.json", {"format": "kt_hf.checkpoint/1", "files": files, **facts})
+
+
+def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], facts: dict[str, Any], keep: int, protect: set[str] = frozenset()) -> Path:  # type: ignore[assignment]
+    """Save a checkpoint as `folder/step-<step>` and remove the oldest beyond `keep`, never those in `protect`."""
+    final = folder / f"step-{step:06d}"
+    staged = folder / f".{final.name}.partial"
+    with disk(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(staged, ignore_errors=True)
+        staged.mkdir()
+        try:
+            files = {"state.safetensors": write(staged / "state.safetensors", tensor_chunks(tensors))}
+            files["trainer.json"] = write_json(staged / "trainer.json", facts)
+            write_manifest(staged, files, step=step)
+            fsync_folder(staged)
+            shutil.rmtree(final, ignore_errors=True)
+            os.rename(staged, final)
+            fsync_folder(folder)
+        except OSError:
+            shutil.rmtree(staged, ignore_errors=True)
+            raise
+    rotate(folder, keep, protect | {final.name})
+    return final
+
+
+def steps(folder: Path) -> list[Path]:
+    """Checkpoints, oldest first."""
+    return sorted(p for p in folder.glob("step-*") if p.is_dir()) if folder.is_dir() else []
+
+
+def rotate(folder: Path, keep: int, protect: set[str]) -> None:
+    for old in steps(folder)[:-keep]:
+        if old.name not in protect:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder, every file of which has the recorded hash. Raises `IntegrityError` naming the file."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        files = manifest["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise IntegrityError(f"{folder} has no readable manifest", "it was not written to its end; remove it") from error
+    for name, expected in files.items():
+        path = folder / name
+        if os.path.isabs(name) or ".." in Path(name).parts:
+            raise IntegrityError(f"{folder}: the manifest names '{name}'", "manifests name files of their own folder")
+        if not path.is_file():
+            raise IntegrityError(f"{path} is missing", "remove the folder; the run continues from what is intact")
+        with open(path, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != expected["sha256"]:
+            raise IntegrityError(f"{path}: sha256 is {found[:12]}..., the manifest says {expected['sha256'][:12]}...", "remove the folder; the run continues from what is intact")
+    return manifest
+
+
+def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint that verifies, with its facts; those that do not are named in a warning."""
+    for path in reversed(steps(folder)):
+        try:
+            verify(path)
+            return path, json.loads((path / "trainer.json").read_text())
+        except IntegrityError as error:
+            logger.warning("skipping checkpoint %s: %s", path.name, error.cause)
+    return None
+
+
+def load_into(path: Path, tensors: dict[str, torch.Tensor], strict: bool = True) -> set[str]:
+    """Copy saved tensors into existing storage. Returns the names in the file that were not asked for."""
+    with safe_open(str(path / "state.safetensors"), framework="pt") as file, torch.no_grad():
+        names = set(file.keys())
+        missing = [name for name in tensors if name not in names]
+        if missing and strict:
+            raise IntegrityError(f"{path} lacks {missing[0]} ({len(missing)} tensors)", "the recipe has changed; use --overwrite to start anew")
+        for name, tensor in tensors.items():
+            saved = file.get_tensor(name)
+            if saved.shape != tensor.shape:
+                raise IntegrityError(f"{path}: {name} is {tuple(saved.shape)}, the model has {tuple(tensor.shape)}", "use --overwrite to start anew")
+            tensor.copy_(saved)
+    return names - set(tensors)
+
+
+def read_tensors(path: Path, names: set[str]) -> dict[str, torch.Tensor]:
+    with safe_open(str(path / "state.safetensors"), framework="pt") as file:
+        return {name: file.get_tensor(name) for name in names}

@@ -1,0 +1,58 @@
+"""Evaluation: every example counted once, on any number of processes.
+
+Shapes: N examples.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from kt_hf.data import DataInfo
+from kt_hf.loader import Rows, evaluation_batches, load_batches
+from kt_hf.task import Loaded, Scores, Task
+
+
+def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    if device.type == "cpu":
+        return batch
+    return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+
+def predict(bundle: Any, inner: Any, accelerator: Any, info: DataInfo, split: str, batch_size: int, workers: int = 0, mode: str = "predict") -> dict[str, np.ndarray]:
+    """Predictions on a split, sorted by `index`, equal on every process. `bundle` is the wrapped module, `inner` the bundle."""
+    task, loaded = inner.task, inner.loaded
+    rows = Rows(info, split, task, loaded)
+    batches = evaluation_batches(len(rows), batch_size, accelerator.num_processes, accelerator.process_index)
+    inner.begin_evaluation()
+    was_training = inner.training
+    inner.eval()
+    inner.evaluated().eval()
+    found: list[dict[str, torch.Tensor]] = []
+    try:
+        with torch.no_grad():
+            context = bundle("context", {}, context=info)
+            for items, batch in zip(batches, load_batches(rows, batches, workers, False), strict=True):
+                out = bundle(mode, to_device(batch, accelerator.device), context=context)
+                own = torch.tensor([epoch >= 0 for epoch, _ in items])
+                index = torch.where(own, batch["index"].cpu(), -1)
+                found.append({**{k: v.cpu() for k, v in out.items()}, "index": index})
+    finally:
+        inner.end_evaluation()
+        inner.train(was_training)
+    return _gather(found, accelerator)
+
+
+def _gather(found: list[dict[str, torch.Tensor]], accelerator: Any) -> dict[str, np.ndarray]:
+    local = {key: torch.cat([part[key] for part in found]) for key in found[0]}
+    if accelerator.num_processes > 1:
+        local = {k: accelerator.gather(v.to(accelerator.device).contiguous()).cpu() for k, v in local.items()}
+    real = local["index"] >= 0
+    order = torch.argsort(local["index"][real], stable=True)
+    return {key: value[real][order].float().numpy() if value.dtype == torch.bfloat16 else value[real][order].numpy() for key, value in local.items()}
+
+
+def measure(task: Task, loaded: Loaded, info: DataInfo, predictions: dict[str, np.ndarray]) -> Scores:
+    return task.measure(predictions, loaded, info)

@@ -1,0 +1,29 @@
+"""Averages in weight space as pure functions. Shapes: M models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+def weighted_mean(tensors_M: Sequence[torch.Tensor], weights_M: Sequence[float]) -> torch.Tensor:
+    """sum_m w_m theta_m / sum_m w_m, accumulated in float32 as a correction to the first: equal inputs give exactly that input.
+
+    Source: Wortsman et al. 2022, "Model soups", equation (1) for equal weights (arXiv:2203.05482).
+    """
+    total = float(sum(weights_M))
+    first = tensors_M[0].float()
+    mean = first.clone()
+    for tensor, weight in zip(tensors_M[1:], weights_M[1:], strict=True):
+        mean += (tensor.float() - first) * (weight / total)
+    return mean
+
+
+def ema_(average: Sequence[torch.Tensor], current: Sequence[torch.Tensor], decay: float) -> None:
+    """In place: average <- decay * average + (1 - decay) * current, tensor by tensor.
+
+    Closed form after n steps: decay^n theta_0 + (1 - decay) sum_i decay^(n-i) theta_i.
+    Source: Polyak & Juditsky 1992; exponential form as in Tarvainen & Valpola 2017 (arXiv:1703.01780).
+    """
+    torch._foreach_lerp_(list(average), list(current), 1.0 - decay)

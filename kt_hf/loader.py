@@ -1,0 +1,239 @@
+"""Batches as pure functions of their position: (seed, epoch, step) -> rows, (seed, epoch, row) -> augmentation.
+
+The sequence of global batches is the same for any number of processes; ranks and micro-batches take contiguous slices.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from kt_hf import randomness
+from kt_hf.data import DataInfo
+from kt_hf.errors import RecipeError, ResourceError, nearest
+from kt_hf.task import Batch, Loaded, Task
+
+_MEMORY_LIMIT = 256 * 2**20
+"""Bytes of preprocessed images per split up to which they are kept in memory."""
+_prepared: dict[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How rows become batches. `custom` is a strategy's `batches` hook."""
+
+    num_rows: int
+    global_batch: int
+    seed: int
+    drop_last: bool = False
+    custom: Callable[..., Any] | None = None
+    data: Any = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        if self.custom is not None:
+            return len(self.epoch(0))
+        full, rest = divmod(self.num_rows, self.global_batch)
+        return max(full + (1 if rest and not self.drop_last else 0), 0)
+
+    def epoch(self, epoch: int) -> list[np.ndarray]:
+        """The epoch's global batches as row positions."""
+        if self.custom is not None:
+            return [np.asarray(rows) for rows in self.custom(self.data, self.global_batch, self.seed, epoch)]
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.num_rows)
+        count = self.steps_per_epoch
+        return [order[i * self.global_batch : (i + 1) * self.global_batch] for i in range(count)]
+
+
+def slices(rows: np.ndarray, world: int, rank: int, micro_batches: int) -> list[np.ndarray]:
+    """A rank's micro-batches of one global batch: contiguous, sizes differing by at most one, possibly empty."""
+    parts = np.array_split(rows, world * micro_batches)
+    return parts[rank * micro_batches : (rank + 1) * micro_batches]
+
+
+class Windows:
+    """Batch sampler: from `start` on, every micro-batch of every step, as (epoch, position) pairs.
+
+    An empty micro-batch is sent as one row, so that ranks stay in step; `sizes` says how many rows count.
+    """
+
+    def __init__(self, plan: Plan, start: int, stop: int, world: int, rank: int, micro_batches: int):
+        self.plan, self.start, self.stop = plan, start, stop
+        self.world, self.rank, self.micro_batches = world, rank, micro_batches
+
+    def steps(self) -> Iterator[tuple[int, list[np.ndarray]]]:
+        per_epoch = self.plan.steps_per_epoch
+        epoch, batches = -1, []
+        for step in range(self.start, self.stop):
+            if step // per_epoch != epoch:
+                epoch, batches = step // per_epoch, self.plan.epoch(step // per_epoch)
+            yield epoch, slices(batches[step % per_epoch], self.world, self.rank, self.micro_batches)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for epoch, parts in self.steps():
+            for part in parts:
+                yield [(epoch, int(i)) for i in (part if len(part) else [0])]
+
+    def sizes(self) -> Iterator[list[int]]:
+        for _, parts in self.steps():
+            yield [len(part) for part in parts]
+
+    def rows(self, step: int) -> np.ndarray:
+        """All positions of a step's global batch, for messages."""
+        per_epoch = self.plan.steps_per_epoch
+        return self.plan.epoch(step // per_epoch)[step % per_epoch]
+
+
+class Rows(Dataset):
+    """One split, preprocessed. Items are asked for as (epoch, position)."""
+
+    def __init__(self, info: DataInfo, split: str, task: Task, loaded: Loaded, augment: Any = None, seed: int = 0, train: bool = False):
+        self.task, self.loaded, self.augment, self.seed, self.train = task, loaded, augment, seed, train
+        self.source = info.splits[split]
+        self.random = train and (augment is not None or getattr(task, "random_rows", False))
+        self.index = np.asarray(self.source["index"])
+        self.ready: Any = None
+        if not self.random:
+            self.ready = _deterministic(self.source, info, split, task, loaded, train)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitems__(self, items: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
+        positions = [position for _, position in items]
+        if isinstance(self.ready, list):
+            return [self.ready[p] for p in positions]
+        if self.ready is not None:
+            return _split_rows(self.ready[positions])
+        raw = self.source[positions]
+        if not self.random:
+            return _with_index(_preprocess(self.task, raw, self.loaded, self.train, None), raw)
+        rows = []
+        for i, (epoch, _) in enumerate(items):
+            one = {key: [values[i]] for key, values in raw.items()}
+            randomness.seed_all("sample", self.seed, epoch, one["index"][0])
+            rows += _with_index(_preprocess(self.task, one, self.loaded, self.train, self.augment), one)
+        return rows
+
+    def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
+        return self.__getitems__([item])[0]
+
+
+def _preprocess(task: Task, raw: dict[str, list[Any]], loaded: Loaded, train: bool, augment: Any) -> dict[str, Any]:
+    return task.preprocess({k: v for k, v in raw.items() if k != "index"}, loaded, train, augment)
+
+
+def _split_rows(columns: dict[str, Any]) -> list[dict[str, Any]]:
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def _with_index(columns: dict[str, Any], raw: dict[str, Any]) -> list[dict[str, Any]]:
+    return _split_rows({**columns, "index": raw["index"]})
+
+
+def _deterministic(source: datasets.Dataset, info: DataInfo, split: str, task: Task, loaded: Loaded, train: bool) -> Any:
+    """Preprocessed rows that do not depend on the epoch: on disk for text, in memory for small images, else None."""
+    key = preprocessing_key(info, split, task, loaded, train)
+    if key in _prepared:
+        return _prepared[key]
+    if task.cache_rows:
+
+        def work(rows: dict[str, list[Any]]) -> dict[str, Any]:
+            return dict(_preprocess(task, rows, loaded, train, None))
+
+        drop = [c for c in source.column_names if c != "index"]
+        ready: Any = source.map(work, batched=True, remove_columns=drop, new_fingerprint=key, desc=None, load_from_cache_file=True)
+    else:
+        ready = _in_memory(source, task, loaded, train)
+    while len(_prepared) > 32:
+        _prepared.pop(next(iter(_prepared)))
+    _prepared[key] = ready
+    return ready
+
+
+def _in_memory(source: datasets.Dataset, task: Task, loaded: Loaded, train: bool) -> list[dict[str, Any]] | None:
+    rows: list[dict[str, Any]] = []
+    for start in range(0, len(source), 64):
+        raw = source[start : start + 64]
+        rows += _with_index(_preprocess(task, raw, loaded, train, None), raw)
+        size = sum(v.numel() * v.element_size() for v in rows[0].values() if isinstance(v, torch.Tensor))
+        if size * len(source) > _MEMORY_LIMIT:
+            return None
+    return rows
+
+
+def preprocessing_key(info: DataInfo, split: str, task: Task, loaded: Loaded, train: bool) -> str:
+    """What preprocessed rows depend on: the rows, the task's code and settings, the processor and the order of labels."""
+    code = [inspect.getsource(inspect.getmodule(cls)) for cls in type(task).__mro__ if cls.__module__ not in ("builtins", "typing") and inspect.getmodule(cls)]  # type: ignore[arg-type]
+    signature = json.dumps([task.signature(loaded), vars(task), loaded.label_ids], default=str, sort_keys=True)
+    parts = repr((info.fingerprint, split, train, code, signature, datasets.__version__))
+    return hashlib.sha256(parts.encode()).hexdigest()[:32]
+
+
+def transforms(spec: Sequence[Any] | None) -> Any:
+    """torchvision v2 transforms by name: `RandomRotation` or `{RandomRotation: {degrees: 10}}`. None for none."""
+    if not spec:
+        return None
+    from torchvision.transforms import v2
+
+    steps = []
+    for item in spec:
+        name, given = (item, {}) if isinstance(item, str) else next(iter(item.items()))
+        cls = getattr(v2, name, None)
+        if not (isinstance(cls, type) and issubclass(cls, v2.Transform)):
+            raise RecipeError(f"data.augment: torchvision has no transform '{name}'", nearest(name, [n for n in dir(v2) if n[0].isupper()]))
+        try:
+            steps.append(cls(**(given or {})))
+        except (TypeError, ValueError) as error:
+            raise RecipeError(f"data.augment.{name}: {error}", "see the transform's arguments in torchvision.transforms.v2") from error
+    return v2.Compose(steps)
+
+
+class Collate:
+    """Rows to a batch; a class so that it travels to loader workers."""
+
+    def __init__(self, task: Task, loaded: Loaded):
+        self.task = task
+        self.loaded = Loaded(None, loaded.processor, loaded.labels, loaded.label_ids)  # type: ignore[arg-type]  # workers need no weights
+
+    def __call__(self, rows: list[dict[str, Any]]) -> Batch:
+        return self.task.collate(rows, self.loaded)
+
+
+def load_batches(rows: Rows, batches: Any, num_workers: int, pin: bool) -> Iterator[Batch]:
+    """Batches in the order of `batches`. A worker that dies is a `ResourceError`."""
+    if num_workers:
+        rows.loaded = Loaded(None, rows.loaded.processor, rows.loaded.labels, rows.loaded.label_ids)  # type: ignore[arg-type]
+    loader = DataLoader(
+        rows,
+        batch_sampler=batches,
+        collate_fn=Collate(rows.task, rows.loaded),
+        num_workers=num_workers,
+        pin_memory=pin,
+        generator=torch.Generator().manual_seed(0),  # the loader draws a base seed; not from the global generator
+        timeout=120 if num_workers else 0,
+    )
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" in str(error):
+            raise ResourceError(f"a data worker died: {' '.join(str(error).split())[:200]}", "it may have run out of memory; lower dataloader_num_workers") from error
+        raise
+
+
+def evaluation_batches(num_rows: int, batch_size: int, world: int, rank: int) -> list[list[tuple[int, int]]]:
+    """A rank's contiguous share of the rows, in batches. Every rank gets as many batches; a missing row is (-1, 0)."""
+    per_rank = -(-num_rows // world)
+    first, last = min(rank * per_rank, num_rows), min((rank + 1) * per_rank, num_rows)
+    own = [(0, i) for i in range(first, last)]
+    own += [(-1, 0)] * (per_rank - len(own))
+    return [own[i : i + batch_size] for i in range(0, per_rank, batch_size)]

@@ -1,0 +1,301 @@
+"""Loading models and processors for tasks: checkpoints or fresh configurations, labels mapped by name.
+
+Weights come from safetensors alone, remote code is off, and a head is never replaced unless asked.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kt_hf.errors import DataError, HubError, IntegrityError, KtError, RecipeError, nearest
+from kt_hf.recipe import Model
+from kt_hf.task import Loaded
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def loading(what: str):
+    """Turn the libraries' loading errors into one line of cause and one of remedy."""
+    try:
+        yield
+    except KtError:
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())
+        name = type(error).__name__
+        if "trust_remote_code" in text or "remote code" in text:
+            raise IntegrityError(f"{what} asks to run code of its own ({text[:200]})", "kt_hf does not run remote code; use a model of transformers") from error
+        if name in ("LocalEntryNotFoundError", "OfflineModeIsEnabled") or "offline" in text.lower() or "connect" in text.lower():
+            raise HubError(f"{what} is no local folder, and the Hub was not reached ({name})", "name an existing folder, or load without HF_HUB_OFFLINE") from error
+        if name in ("RepositoryNotFoundError", "GatedRepoError", "RevisionNotFoundError", "HfHubHTTPError") or "is not a valid model identifier" in text:
+            raise HubError(f"{what} was not found on the Hub: {text[:200]}", "check the name, the revision and the token") from error
+        if name == "SafetensorError" or "safetensors" in text.lower():
+            raise IntegrityError(f"{what}: {text[:300]}", "the weights must be intact safetensors files; convert or fetch them again") from error
+        raise RecipeError(f"{what} cannot be loaded: {name}: {text[:300]}", "check model.path, model.config and model.config_overrides") from error
+
+
+def config_of(ref: Model, **changes: Any) -> Any:
+    """The configuration of a checkpoint or of a fresh model."""
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    changes = {**(ref.config_overrides or {}), **changes}
+    source = ref.path or ref.config
+    if ref.attn_implementation:
+        changes["attn_implementation"] = ref.attn_implementation
+    with loading(f"model '{source}'"):
+        if ref.path is None and source in CONFIG_MAPPING:
+            unknown = set(changes) - set(CONFIG_MAPPING[source]().to_dict()) - {"attn_implementation", "num_labels"}
+            if unknown:
+                word = sorted(unknown)[0]
+                raise RecipeError(f"model.config_overrides.{word}: a {source} configuration has no such field", nearest(word, CONFIG_MAPPING[source]().to_dict()))
+            return AutoConfig.for_model(source, **changes)
+        if ref.path is None and not Path(source).exists() and "/" not in source:
+            raise RecipeError(f"model.config: '{source}' is neither a model type nor a folder", nearest(source, CONFIG_MAPPING))
+        return AutoConfig.from_pretrained(source, revision=ref.revision, trust_remote_code=False, **changes)
+
+
+def dtype_of(ref: Model) -> Any:
+    return "auto" if ref.dtype == "auto" else getattr(torch, ref.dtype)
+
+
+def load_model(auto: Any, ref: Model, labels: list[str] | None = None, **changes: Any) -> Loaded:
+    """A model of the class family `auto` (an `AutoModelFor...`), with a head for `labels` where these are given."""
+    config = config_of(ref, **changes)
+    if ref.path is None:
+        if labels is not None:
+            config.id2label, config.label2id = _label_maps(labels)
+        with loading(f"model.config '{ref.config}'"):
+            model = auto.from_config(config, dtype=None if ref.dtype == "auto" else dtype_of(ref))
+        names = [name for name, _ in model.named_parameters()]
+        return Loaded(model, None, labels, _identity(labels), {"config": ref.config}, new_parameters=names)
+
+    what, names, ids, replace = f"model '{ref.path}'", labels, _identity(labels), False
+    if labels is not None:
+        if has_head(auto, config):
+            names, ids, replace = match_labels(labels, list_labels(config), what, ref.replace_head)
+        if replace or not has_head(auto, config):
+            config.id2label, config.label2id = _label_maps(labels)
+            names, ids = labels, _identity(labels)
+    with loading(what):
+        model, report = auto.from_pretrained(
+            ref.path,
+            config=config,
+            revision=ref.revision,
+            dtype=dtype_of(ref),
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=replace,
+            output_loading_info=True,
+        )
+    missing = sorted(report["missing_keys"]) + sorted(key[0] for key in report.get("mismatched_keys") or [])
+    fresh = _fresh_modules(model)
+    if replace:
+        for name in fresh:
+            for module in model.get_submodule(name).modules():
+                if hasattr(module, "reset_parameters"):
+                    module.reset_parameters()
+        missing = [n for n, _ in model.named_parameters() if n.startswith(tuple(f"{m}." for m in fresh))]
+    absent = [key for key in missing if not key.startswith(tuple(f"{m}." for m in fresh)) and "pooler" not in key]
+    if absent:
+        raise IntegrityError(
+            f"{what} lacks {len(absent)} weights of its backbone ({', '.join(absent[:3])}{'...' if len(absent) > 3 else ''})",
+            "the checkpoint is for another architecture, or incomplete",
+        )
+    if missing:
+        logger.info("new in %s: %s", what, ", ".join(missing))
+    origin = {"path": str(ref.path), "revision": ref.revision or getattr(config, "_commit_hash", None)}
+    return Loaded(model, None, names, ids, origin, new_parameters=missing)
+
+
+def has_head(auto: Any, config: Any) -> bool:
+    """Whether the checkpoint was saved with the head that this family of models has."""
+    try:
+        expected = auto._model_mapping[type(config)]
+    except KeyError:
+        raise RecipeError(f"a model of type '{config.model_type}' has no {auto.__name__}", "choose a model or a task that fit each other") from None
+    classes = expected if isinstance(expected, tuple) else (expected,)
+    return bool(set(config.architectures or []) & {cls.__name__ for cls in classes})
+
+
+def list_labels(config: Any) -> list[str]:
+    return [str(config.id2label[i]) for i in sorted(config.id2label)]
+
+
+def _identity(labels: list[str] | None) -> list[int] | None:
+    return None if labels is None else list(range(len(labels)))
+
+
+def _label_maps(labels: list[str]) -> tuple[dict[int, str], dict[str, int]]:
+    return dict(enumerate(labels)), {name: i for i, name in enumerate(labels)}
+
+
+def _key(label: str) -> str:
+    return " ".join(str(label).replace("_", " ").replace("-", " ").casefold().split())
+
+
+def match_labels(data: list[str], model: list[str], what: str, replace: bool) -> tuple[list[str], list[int], bool]:
+    """(the model's labels, data class -> model class, whether the head is to be replaced)."""
+    position = {_key(name): i for i, name in enumerate(model)}
+    if len(position) == len(model) and all(_key(name) in position for name in data):
+        return model, [position[_key(name)] for name in data], False
+    generic = all(_key(name) == f"label {i}" for i, name in enumerate(model))
+    if generic and len(model) == len(data) and not replace:
+        logger.warning("%s does not name its labels; they are taken in the order of the data: %s", what, ", ".join(data))
+        return data, list(range(len(data))), False
+    if replace:
+        return data, list(range(len(data))), True
+    unknown = [name for name in data if _key(name) not in position]
+    raise RecipeError(
+        f"{what} has labels {_some(model)}, the data {_some(data)}: {_some(unknown)} unknown to the model",
+        "set model.replace_head=true for a new head, or name the classes to keep with data.labels",
+    )
+
+
+def _some(words: Iterable[str]) -> str:
+    listed = [str(w) for w in words]
+    return ", ".join(listed[:8]) + (f" ... ({len(listed)})" if len(listed) > 8 else "")
+
+
+def _fresh_modules(model: nn.Module) -> list[str]:
+    return [name for name in head_modules(model) if any(True for _ in model.get_submodule(name).parameters())]
+
+
+def head_modules(model: nn.Module) -> list[str]:
+    """Names of the top-level modules beside the backbone. An adapter's wrapper is looked through."""
+    inner = unwrap(model)
+    prefix = getattr(inner, "base_model_prefix", "")
+    if not prefix or not hasattr(inner, prefix):
+        return []
+    return [name for name, child in inner.named_children() if name != prefix and any(True for _ in child.parameters())]
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The transformers model inside of a peft wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def backbone_layers(model: nn.Module, root: nn.Module | None = None) -> list[list[str]]:
+    """Parameter names of the backbone by layer, from the input: what precedes the blocks, each block, what follows them.
+
+    The blocks are the module list with the most parameters. `root` is the backbone when it is not the base model.
+    """
+    inner = unwrap(model)
+    if root is None:
+        prefix = getattr(inner, "base_model_prefix", "")
+        root = getattr(inner, prefix, inner) if prefix else inner
+    if not isinstance(root, nn.Module):
+        raise RecipeError(f"{type(inner).__name__} has no backbone that can be told from its head", "freeze by pattern instead")
+    ids = {id(p): name for name, p in model.named_parameters()}
+    lists = [m for m in root.modules() if isinstance(m, nn.ModuleList) and len(m) > 0]
+    blocks = max(lists, key=_size, default=None)
+    owner = {id(p): i for i, block in enumerate(blocks or []) for p in block.parameters()}
+    groups: list[list[str]] = [[] for _ in range((len(blocks) if blocks is not None else 0) + 2)]
+    seen_block = False
+    for parameter in root.parameters():
+        if id(parameter) not in ids:
+            continue
+        if id(parameter) in owner:
+            seen_block = True
+            groups[owner[id(parameter)] + 1].append(ids[id(parameter)])
+        else:
+            groups[-1 if seen_block else 0].append(ids[id(parameter)])
+    return [group for group in groups if group]
+
+
+def _size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+# --- processors --------------------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(ref: Model, texts: Iterable[str] | None = None, causal: bool = False) -> Any:
+    """The model's tokenizer, or, for a fresh model without one, a small one trained on `texts`."""
+    from transformers import AutoTokenizer
+
+    source = ref.processor or ref.path or ref.config
+    if source is not None and (ref.processor or ref.path or Path(str(source)).exists() or "/" in str(source)):
+        with loading(f"tokenizer '{source}'"):
+            tokenizer = AutoTokenizer.from_pretrained(source, revision=ref.revision, trust_remote_code=False, **(ref.processor_overrides or {}))
+    elif texts is not None:
+        tokenizer = train_tokenizer(texts, causal, **(ref.processor_overrides or {}))
+    else:
+        raise RecipeError("a fresh text model needs a tokenizer", "name one: model.processor=DIR_OR_HUB_ID")
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise RecipeError(f"the tokenizer of '{source}' has neither a padding nor an end token", "give model.processor with a pad_token")
+        tokenizer.pad_token = tokenizer.eos_token
+        logger.warning("the tokenizer of '%s' has no padding token; its end token '%s' serves", source, tokenizer.eos_token)
+    return tokenizer
+
+
+def train_tokenizer(texts: Iterable[str], causal: bool = False, vocab_size: int = 2000, model_max_length: int = 512) -> Any:
+    """A tokenizer of our own for a fresh model: WordPiece with [CLS] and [SEP], or byte-level BPE for causal models."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    trainer: Any
+    if causal:
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        special = {"eos_token": "<|end|>", "pad_token": "<|pad|>"}
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=list(special.values()), initial_alphabet=alphabet, show_progress=False)
+    else:
+        special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+        tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))  # type: ignore[call-arg]
+        tokenizer.normalizer = normalizers.BertNormalizer()
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        tokenizer.decoder = decoders.WordPiece()
+        trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=list(special.values()), show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    if not causal:
+        cls, sep = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", cls), ("[SEP]", sep)]
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=model_max_length, **special)
+
+
+def load_image_processor(ref: Model, config: Any) -> Any:
+    """The model's image processor, or, for a fresh model, one that resizes to the model's size and normalises to [-1, 1]."""
+    from transformers import AutoImageProcessor, ViTImageProcessor
+
+    source = ref.processor or ref.path or ref.config
+    has_own = source is not None and (ref.processor or not Path(str(source)).is_dir() or (Path(str(source)) / "preprocessor_config.json").exists() or (Path(str(source)) / "processor_config.json").exists())
+    if has_own and (ref.processor or ref.path or Path(str(source)).exists() or "/" in str(source)):
+        with loading(f"image processor '{source}'"):
+            return AutoImageProcessor.from_pretrained(source, revision=ref.revision, trust_remote_code=False, **(ref.processor_overrides or {}))
+    size = getattr(config, "image_size", None) or 224
+    height, width = (size, size) if isinstance(size, int) else tuple(size)
+    return ViTImageProcessor(**{"size": {"height": height, "width": width}, **(ref.processor_overrides or {})})
+
+
+def tokenizer_signature(tokenizer: Any) -> dict[str, Any]:
+    """A fingerprint of the vocabulary: two tokenizers that give the same ids give the same."""
+    import hashlib
+
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
+    return {"vocabulary": hashlib.sha256(vocabulary.encode()).hexdigest()[:16], "vocabulary_size": len(tokenizer)}
+
+
+def image_signature(processor: Any) -> dict[str, Any]:
+    """What an image processor does to pixel values."""
+    fields = ("size", "crop_size", "do_resize", "do_center_crop", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+    found = processor.to_dict()
+    return {"normalisation": {k: found[k] for k in fields if found.get(k) is not None}}
+
+
+def check_data(condition: bool, cause: str, remedy: str) -> None:
+    if not condition:
+        raise DataError(cause, remedy)

@@ -1,0 +1,85 @@
+"""Metrics as `evaluate.Metric` classes of our own over scikit-learn: they need no network.
+
+Any other metric is loaded by its Hub name through `evaluate.load`.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+import evaluate
+import numpy as np
+
+from kt_hf.errors import HubError
+
+logging.getLogger("evaluate").setLevel(logging.ERROR)
+
+
+class _SklearnMetric(evaluate.Metric):
+    """A metric of class numbers; `score` computes it."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        features = datasets.Features({"predictions": datasets.Value("int32"), "references": datasets.Value("int32")})
+        return evaluate.MetricInfo(description=type(self).__doc__ or "", citation="", inputs_description="class numbers", features=features)
+
+    def _compute(self, predictions: Any, references: Any, **kwargs: Any) -> dict[str, float]:
+        return {self.name: float(self.score(np.asarray(references), np.asarray(predictions), **kwargs)) if len(references) else 0.0}
+
+    def score(self, references: np.ndarray, predictions: np.ndarray, **kwargs: Any) -> float:
+        raise NotImplementedError
+
+
+class Accuracy(_SklearnMetric):
+    """Share of examples whose class is right, in [0, 1]."""
+
+    def score(self, references: np.ndarray, predictions: np.ndarray, sample_weight: Any = None) -> float:
+        from sklearn.metrics import accuracy_score
+
+        return accuracy_score(references, predictions, sample_weight=sample_weight)
+
+
+class MacroF1(_SklearnMetric):
+    """Unweighted mean over classes of F1, in [0, 1]."""
+
+    def score(self, references: np.ndarray, predictions: np.ndarray, sample_weight: Any = None) -> float:
+        from sklearn.metrics import f1_score
+
+        return f1_score(references, predictions, average="macro", zero_division=0, sample_weight=sample_weight)
+
+
+class MatthewsCorrelation(_SklearnMetric):
+    """Matthews correlation coefficient, in [-1, 1]."""
+
+    def score(self, references: np.ndarray, predictions: np.ndarray, sample_weight: Any = None) -> float:
+        from sklearn.metrics import matthews_corrcoef
+
+        return matthews_corrcoef(references, predictions, sample_weight=sample_weight)
+
+
+OWN = {"accuracy": Accuracy, "macro_f1": MacroF1, "matthews_correlation": MatthewsCorrelation}
+
+
+@functools.cache
+def load(name: str) -> evaluate.EvaluationModule:
+    """A metric by name: ours, or one of the Hub's. Raises `HubError` when that cannot be reached."""
+    if name in OWN:
+        metric = OWN[name](keep_in_memory=True)
+        metric.info.metric_name = name
+        return metric
+    try:
+        return evaluate.load(name)
+    except Exception as error:
+        raise HubError(f"metric '{name}' is none of ours ({', '.join(OWN)}) and was not loaded from the Hub: {type(error).__name__}", "check its name and the network") from error
+
+
+def compute(names: Sequence[str], predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
+    """Several metrics of the same class numbers."""
+    found: dict[str, float] = {}
+    for name in names:
+        result = load(name).compute(predictions=predictions, references=references) or {}
+        found[name] = float(next(iter(result.values())))
+    return found

@@ -1,0 +1,111 @@
+"""Optimizers, learning-rate schedules as functions of the step, and parameter groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from kt_hf.errors import RecipeError, nearest
+from kt_hf.recipe import Training
+from kt_hf.strategy import Strategy
+
+Scale = float | Callable[[float], float]
+
+
+def schedule(training: Training, planned_steps: int) -> Callable[[int], float]:
+    """Factor on the learning rate at a step, by transformers' name. Pure: no state, nothing to save."""
+    from transformers import SchedulerType, get_scheduler
+
+    warmup = training.warmup_steps or round(training.warmup_ratio * planned_steps)
+    known = [s.value for s in SchedulerType if s.value not in ("reduce_lr_on_plateau", "greedy")]
+    if training.lr_scheduler_type not in known:
+        raise RecipeError(f"training.lr_scheduler_type: got '{training.lr_scheduler_type}'", nearest(training.lr_scheduler_type, known))
+    carrier = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    try:
+        made = get_scheduler(
+            training.lr_scheduler_type, carrier, warmup, max(planned_steps, 1), scheduler_specific_kwargs=training.lr_scheduler_kwargs
+        )
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"training.lr_scheduler_kwargs: {error}", "see transformers.get_scheduler") from error
+    return made.lr_lambdas[0]
+
+
+def named_trainable(bundle: nn.Module) -> dict[str, nn.Parameter]:
+    """Every trainable parameter once, by the name it has in the bundle."""
+    return {name: p for name, p in bundle.named_parameters() if p.requires_grad}
+
+
+def groups(bundle: nn.Module, strategies: dict[str, Strategy], weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups: one for each combination of weight decay and learning-rate scales. Vectors are not decayed."""
+    found: dict[Any, dict[str, Any]] = {}
+    for name, parameter in named_trainable(bundle).items():
+        own = name.removeprefix("model.")
+        factor, functions = 1.0, []
+        for strategy in strategies.values():
+            scale = strategy.lr_scale(own)
+            if callable(scale):
+                functions.append(scale)
+            else:
+                factor *= scale
+        decay = weight_decay if parameter.dim() > 1 else 0.0
+        key = (factor, tuple(id(f) for f in functions), decay)
+        group = found.setdefault(key, {"params": [], "names": [], "weight_decay": decay, "factor": factor, "functions": functions})
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return list(found.values())
+
+
+def scale_at(group: dict[str, Any], progress: float) -> float:
+    """Product of a group's learning-rate scales."""
+    factor = group["factor"]
+    for function in group["functions"]:
+        factor *= function(progress)
+    return factor
+
+
+def build(training: Training, groups_: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
+    """The optimizer by transformers' name."""
+    betas = (training.adam_beta1, training.adam_beta2)
+    if training.optim in ("adamw_torch", "adamw_torch_fused"):
+        fused = training.optim == "adamw_torch_fused"
+        return torch.optim.AdamW(groups_, lr=lr, betas=betas, eps=training.adam_epsilon, fused=fused)
+    if training.optim == "sgd":
+        return torch.optim.SGD(groups_, lr=lr, momentum=training.momentum)
+    from transformers import Adafactor
+
+    return Adafactor(groups_, lr=lr, scale_parameter=False, relative_step=False)
+
+
+def state_tensors(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, torch.Tensor]:
+    """The optimizer's state as named tensors: `<parameter>/<key>`. Plain numbers become zero-dimensional tensors."""
+    found = {}
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if value is None:
+                continue
+            found[f"{names[id(parameter)]}/{key}"] = value if isinstance(value, torch.Tensor) else torch.tensor(value)
+    return found
+
+
+def restore_state(optimizer: torch.optim.Optimizer, names: dict[int, str], tensors: dict[str, torch.Tensor], device: torch.device) -> None:
+    """The reverse of `state_tensors`."""
+    by_parameter: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        parameter, _, key = name.rpartition("/")
+        by_parameter.setdefault(parameter, {})[key] = tensor
+    numbers = isinstance(optimizer, torch.optim.Optimizer) and type(optimizer).__name__ == "Adafactor"
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            saved = by_parameter.get(names[id(parameter)])
+            if saved is None:
+                continue
+            state = optimizer.state[parameter]
+            for key, tensor in saved.items():
+                if numbers and tensor.dim() == 0 and key in ("step", "RMS"):
+                    state[key] = tensor.item() if key == "step" else tensor.to(parameter.device)
+                else:
+                    # fused AdamW keeps its step counter beside the parameter; both kinds accept a tensor there
+                    state[key] = tensor.to(parameter.device) if tensor.dim() or group.get("fused") else tensor

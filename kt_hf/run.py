@@ -1,0 +1,105 @@
+"""Read-only facts of one execution, as strategies see them, and the one door to frozen models."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kt_hf.bundle import Frozen
+from kt_hf.data import DataInfo
+from kt_hf.errors import RecipeError
+from kt_hf.recipe import Model
+from kt_hf.task import Loaded, Task
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """Facts of one stage with one seed.
+
+    accelerator: accelerate's. resolve: model reference -> `Model` with a real path. planned_steps: optimizer steps.
+    """
+
+    accelerator: Any
+    seed: int
+    folder: Path
+    task: Task
+    loaded: Loaded
+    info: DataInfo
+    planned_steps: int
+    resolve: Callable[[Any], Model]
+    bf16: bool = False
+    _frozen: dict[str, Frozen] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def rank(self) -> int:
+        return self.accelerator.process_index
+
+    @property
+    def world(self) -> int:
+        return self.accelerator.num_processes
+
+    def frozen(self, ref: Any) -> Frozen:
+        """A frozen model: loaded once, checked against the student, in eval mode on the device, without gradients.
+
+        Raises `RecipeError` when vocabulary, labels or input normalisation differ from the student's.
+        """
+        model = self.resolve(ref)
+        key = f"{model.path}@{model.revision}"
+        if key not in self._frozen:
+            self._frozen[key] = load_frozen(model, self.task, self.info, self.device, self.loaded, str(ref), self.bf16)
+        return self._frozen[key]
+
+
+def load_frozen(model: Model, task: Task, info: DataInfo, device: torch.device, student: Loaded | None, name: str, bf16: bool = False) -> Frozen:
+    """A model directory or a folder of ensemble members, frozen."""
+    from kt_hf import ensembling
+
+    folder = Path(str(model.path))
+    paths, combine = ensembling.members(folder) if ensembling.is_ensemble(folder) else ([], None)
+    refs = [Model(path=str(p)) for p in paths] or [model]
+    members = [task.load(r, info) for r in refs]
+    for member in members:
+        member.model.requires_grad_(False).eval().to(device)
+    frozen = Frozen(members, task, name, combine, bf16=bf16)
+    if student is not None:
+        for member in members:
+            frozen.classes.append(_agree(task, student, member, name, frozen))
+        if all(c == list(range(len(c))) for c in frozen.classes):
+            frozen.classes = []
+    return frozen
+
+
+def _agree(task: Task, student: Loaded, teacher: Loaded, name: str, frozen: Frozen) -> list[int]:
+    """Check what teacher and student must share; the teacher's class of every class of the student."""
+    ours, theirs = task.signature(student), task.signature(teacher)
+    for key in ours.keys() & theirs.keys() - {"labels", "num_scores", "vocabulary_size"}:
+        if ours[key] != theirs[key]:
+            remedy = "give the student model.processor of the teacher" if key != "vocabulary" else "take a teacher with the same tokenizer"
+            raise RecipeError(f"teacher '{name}' and student differ in {key}: {_difference(theirs[key], ours[key])}", remedy)
+    if "num_scores" in ours:
+        frozen.num_scores = ours["num_scores"]
+    labels, known = ours.get("labels"), theirs.get("labels")
+    if labels is None or known is None:
+        return []
+    if set(labels) != set(known):
+        only = sorted(set(labels) ^ set(known))
+        raise RecipeError(f"teacher '{name}' and student do not have the same labels: {', '.join(only[:8])}", "train the teacher on the same classes")
+    return [known.index(label) for label in labels]
+
+
+def _difference(a: Any, b: Any) -> str:
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = [k for k in a.keys() | b.keys() if a.get(k) != b.get(k)]
+        return "; ".join(f"{k} {a.get(k)} and {b.get(k)}" for k in sorted(keys))
+    return f"{a} and {b}"

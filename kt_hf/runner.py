@@ -1,0 +1,292 @@
+"""Running a recipe: prepare, plan, then stage by stage and seed by seed; finished stages are verified and skipped."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+
+from kt_hf import data as data_module
+from kt_hf import folder as folders
+from kt_hf import recipe as grammar
+from kt_hf import registry, stages, trainer
+from kt_hf.errors import Collector, RecipeError
+from kt_hf.recipe import Data, Ensemble, Evaluate, Merge, Model, Recipe, Stage, Train
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Context:
+    """What all stages of a run share."""
+
+    accelerator: Any
+    root: Path
+    recipe: Recipe
+    settings: dict[tuple[str, str], dict[str, Any]]
+    infos: dict[tuple[str, str], data_module.DataInfo] = field(default_factory=dict)
+    tasks: dict[str, Any] = field(default_factory=dict)
+    until: float = 1.0
+
+    def stage(self, name: str) -> Stage:
+        return next(s for s in self.recipe.stages if s.name == name)
+
+    def task(self, stage: Stage) -> Any:
+        return self.tasks[stage.name]
+
+    def info(self, stage: Stage) -> data_module.DataInfo:
+        """The stage's data, as its task sees them; read once per data set and task."""
+        assert stage.data is not None
+        return self.named_info(*stage.data, task=self.task(stage))
+
+    def named_info(self, name: str, data: Data, task: Any) -> data_module.DataInfo:
+        key = (json.dumps(data.plain(), sort_keys=True, default=str), type(task).__name__)
+        if key not in self.infos:
+            with self.accelerator.main_process_first():
+                self.infos[key] = data_module.prepare(name, data, task)
+        return self.infos[key]
+
+    def resolve(self, ref: Any, seed: int) -> Model:
+        """A model reference with `@stage` replaced by that stage's folder: seed i of it, or its only one."""
+        model = ref if isinstance(ref, Model) else Model(**ref) if isinstance(ref, dict) else Model(path=ref)
+        if isinstance(model.path, str) and model.path.startswith("@"):
+            other = self.stage(model.path[1:])
+            path = folders.stage_folder(self.root, other.name, seed if other.seeds > 1 else 0) / "model"
+            model = Model(**{**model.given, "path": str(path)})
+        for tower in ("image", "text"):
+            if getattr(model, tower) is not None:
+                setattr(model, tower, self.resolve(getattr(model, tower), seed))
+        return model
+
+
+def run(recipe: Any, output_dir: str | Path, *, overwrite: bool = False, allow_changed: Sequence[str] = (), until: float = 1.0) -> dict[str, Any]:
+    """Run a recipe (a `Recipe`, or its mapping) in this process and return the report.
+
+    Raises `KtError`s. `until` stops every training early, at that fraction of its planned steps.
+    """
+    collect = Collector()
+    raw = grammar.normalise(recipe)
+    resolved = grammar.resolve(raw, collect)
+    collect.raise_if_any()
+    return run_resolved(resolved, raw, Path(output_dir), overwrite=overwrite, allow_changed=allow_changed, until=until) or {}
+
+
+def run_resolved(
+    recipe: Recipe,
+    raw: dict[str, Any],
+    root: Path,
+    *,
+    print_only: bool = False,
+    overwrite: bool = False,
+    allow_changed: Sequence[str] = (),
+    until: float = 1.0,
+) -> dict[str, Any] | None:
+    """Everything after the grammar: plugins' settings, the plan, the stages, the report."""
+    collect = Collector()
+    settings = grammar.check_plugins(recipe, collect)
+    check_seeds(recipe, collect)
+    if not collect.mistakes:
+        check_plugins_build(recipe, settings, collect)
+    collect.raise_if_any()
+    quiet_libraries()
+    kwargs = DistributedDataParallelKwargs(broadcast_buffers=False)
+    accelerator = Accelerator(kwargs_handlers=[kwargs])
+    context = Context(accelerator, root, recipe, settings, until=until)
+    written = grammar.resolved_yaml(recipe, raw, settings)
+    if print_only:
+        plan(context, collect)
+        collect.raise_if_any()
+        if accelerator.is_main_process:
+            print(grammar.to_yaml(written) + "\n" + describe(context), flush=True)
+        return None
+    if accelerator.is_main_process:
+        with folders.lock(root):
+            folders.open_folder(root, written, overwrite, allow_changed)
+            return _execute(context, collect)
+    accelerator.wait_for_everyone()
+    return _execute(context, collect)
+
+
+def _execute(context: Context, collect: Collector) -> dict[str, Any]:
+    accelerator = context.accelerator
+    if accelerator.is_main_process:
+        accelerator.wait_for_everyone()
+    plan(context, collect)
+    collect.raise_if_any()
+    for line in describe(context).splitlines():
+        logger.info("%s", line)
+    started = time.perf_counter()
+    jobs = [(stage, seed) for stage in context.recipe.stages for seed in range(stage.seeds)]
+    results: dict[str, list[dict[str, Any]]] = {}
+    for i, (stage, seed) in enumerate(jobs):
+        begun = time.perf_counter()
+        done = folders.finished(folders.stage_folder(context.root, stage.name, seed))
+        if done is None:
+            done = stages.perform(context, stage, seed)
+            how = f"{time.perf_counter() - begun:.1f} s"
+        else:
+            how = "finished before"
+        results.setdefault(stage.name, []).append(done)
+        metric = done["primary_metric"]
+        value = done["metrics"].get(metric, float("nan"))
+        logger.info("[%d/%d] %s%s: %s %.4f (%s)", i + 1, len(jobs), stage.name, f" seed {seed}" if stage.seeds > 1 else "", metric, value, how)
+    from kt_hf import reporting
+
+    report = reporting.finish(context, results, time.perf_counter() - started)
+    return report
+
+
+def quiet_libraries() -> None:
+    """Progress bars and advice of the libraries below are not ours to show."""
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("datasets").setLevel(logging.ERROR)
+
+
+# --- the plan ----------------------------------------------------------------------------------------------------------
+
+
+def check_seeds(recipe: Recipe, collect: Collector) -> None:
+    """Seed i of a stage uses seed i of what it names: numbers of seeds must agree, or be 1."""
+    by_name = {stage.name: stage for stage in recipe.stages}
+    for stage in recipe.stages:
+        if isinstance(stage, (Merge, Ensemble)) and _merges_seeds(stage, by_name):
+            if "seeds" not in stage.given:
+                stage.seeds = 1
+            continue
+        for path, ref in grammar.model_refs(stage).items():
+            other = by_name[ref[1:]]
+            if other.seeds not in (1, stage.seeds) and (not path.startswith("compare") or stage.seeds != 1):
+                collect.add(f"stages.{stage.name}.{path}: '{ref}' has {other.seeds} seeds, this stage {stage.seeds}", "give both the same number of seeds")
+
+
+def _merges_seeds(stage: Merge | Ensemble, by_name: dict[str, Stage]) -> bool:
+    """Whether a stage takes all seeds of one stage as its parents."""
+    if len(stage.models) != 1:
+        return False
+    path = stage.models[0].path
+    return isinstance(path, str) and path.startswith("@") and by_name[path[1:]].seeds > 1
+
+
+def parents(context: Context, stage: Merge | Ensemble, seed: int) -> tuple[list[str], list[Model]]:
+    """(names, models) of the parents of a merge or the members of an ensemble."""
+    by_name = {s.name: s for s in context.recipe.stages}
+    if _merges_seeds(stage, by_name):
+        ref = stage.models[0]
+        count = by_name[ref.path[1:]].seeds
+        return [f"{ref.path}[{i}]" for i in range(count)], [context.resolve(ref, i) for i in range(count)]
+    return [str(m.path) for m in stage.models], [context.resolve(m, seed) for m in stage.models]
+
+
+def check_plugins_build(recipe: Recipe, settings: dict[tuple[str, str], dict[str, Any]], collect: Collector) -> None:
+    """Build every plugin once, and refuse stacks that cannot be right; nothing is loaded yet."""
+    for stage in recipe.stages:
+        with collect():
+            task = stages.build("task", stage.task, stage, settings) if stage.task else None
+            if isinstance(stage, Train):
+                stack = stages.build_stack(stage, settings)
+                if task is not None:
+                    trainer.check_stack(stack, stage.training, task, f"stages.{stage.name}")
+                check_streams(stage, stack, recipe, collect)
+                with torch.device("cpu"):
+                    trainer.optimizer.schedule(stage.training, 1)
+                trainer.transforms(stage.data[1].augment if stage.data else None)
+            elif isinstance(stage, (Merge, Ensemble)):
+                stages.build(stage.verb, stage.method, stage, settings)
+
+
+def check_streams(stage: Train, stack: dict[str, Any], recipe: Recipe, collect: Collector) -> None:
+    for owner, strategy in stack.items():
+        for name, stream in strategy.streams().items():
+            if stream.data != "train" and stream.data not in (recipe.data or {}):
+                collect.add(f"stages.{stage.name}: '{owner}' needs the stream '{name}' of a data set '{stream.data}'", f"add it: data.{stream.data}.path=...")
+
+
+def plan(context: Context, collect: Collector) -> None:
+    """Read what data there are, settle every stage's task and check what can be checked without weights."""
+    for stage in context.recipe.stages:
+        with collect():
+            context.tasks[stage.name] = _settle_task(context, stage)
+            if stage.data is None and isinstance(stage, (Train, Evaluate)):
+                raise RecipeError(f"stages.{stage.name}: no data", "give the recipe or the stage some: data.path=FOLDER_OR_FILE_OR_HUB_ID")
+            if stage.data is None:
+                raise RecipeError(f"stages.{stage.name}: no data to measure the result on", "give the recipe or the stage data")
+            info = context.info(stage)
+            if isinstance(stage, Train):
+                if "train" not in info.splits:
+                    raise RecipeError(f"stages.{stage.name}: the data have no training split", "name it: data.splits.train=...")
+                trainer.check_stack(stages.build_stack(stage, context.settings), stage.training, context.task(stage), f"stages.{stage.name}")
+                if isinstance(stage.training.learning_rate, list) and "validation" not in info.splits:
+                    raise RecipeError(f"stages.{stage.name}: choosing a learning rate needs validation data", "give one learning rate")
+            if isinstance(stage, Evaluate) and stage.model is not None and stage.model.path is None:
+                raise RecipeError(f"stages.{stage.name}: a fresh model has learned nothing", "give model=DIR_OR_HUB_ID or @stage")
+    if not collect.mistakes:
+        for stage in context.recipe.stages:
+            with collect():
+                _check_compare(context, stage)
+
+
+def _check_compare(context: Context, stage: Stage) -> None:
+    for ref in [c for c in stage.compare or [] if c.startswith("@")]:
+        other = context.stage(ref[1:])
+        if type(context.task(other)) is not type(context.task(stage)):
+            raise RecipeError(
+                f"stages.{stage.name}.compare: '{ref}' is {type(context.task(other)).__name__}, this stage {type(context.task(stage)).__name__}",
+                "compare stages of one task",
+            )
+
+
+def _settle_task(context: Context, stage: Stage) -> Any:
+    if stage.task:
+        return stages.build("task", stage.task, stage, context.settings)
+    if stage.data is None:
+        source = next((s for s in context.recipe.stages if s.name != stage.name), None)
+        if source is None:
+            raise RecipeError(f"stages.{stage.name}: neither task nor data", "set task=...")
+        return context.tasks[source.name]
+    features = next(iter(data_module.read(stage.data[1]).values())).features
+    fitting = []
+    for name in registry.names("task"):
+        try:
+            candidate = registry.load("task", name)()
+        except (RecipeError, TypeError):
+            continue  # a broken or demanding task of somebody else's cannot be the one that features decide
+        own = {r.name for r in candidate.roles}
+        if set(stage.data[1].columns or {}) <= own and candidate.fits(data_module.find_roles(features, candidate.roles, stage.data[1].columns, strict=False)):
+            fitting.append((name, candidate))
+    if len(fitting) != 1:
+        found = f"could be {' or '.join(name for name, _ in fitting)}" if fitting else "does not decide the task"
+        raise RecipeError(f"data '{stage.data[0]}' with columns {', '.join(features)} {found}", f"set task=..., one of {', '.join(registry.names('task'))}")
+    return fitting[0][1]
+
+
+def describe(context: Context) -> str:
+    """The plan in words."""
+    lines = [f"plan: {len(context.recipe.stages)} stages, {sum(s.seeds for s in context.recipe.stages)} runs of them, into {context.root}"]
+    for stage in context.recipe.stages:
+        info, seeds = context.info(stage), f" x {stage.seeds} seeds" if stage.seeds > 1 else ""
+        sizes = ", ".join(f"{len(rows)} {split}" for split, rows in info.splits.items())
+        head = f"  {stage.verb} {stage.name}{seeds}: {type(context.task(stage)).__name__} on {info.name} ({sizes})"
+        if isinstance(stage, Train):
+            steps = trainer.planned_steps(stage.training, len(info.splits["train"]), context.accelerator.num_processes)
+            stack = stages.build_stack(stage, context.settings)
+            head += f", {steps} steps of {trainer.global_batch(stage.training, context.accelerator.num_processes)}"
+            head += "".join(f"\n    {name}: {strategy.describe()}" for name, strategy in stack.items())
+            if isinstance(stage.training.learning_rate, list):
+                head += f"\n    learning rate: the best of {stage.training.learning_rate} on validation data"
+        elif isinstance(stage, (Merge, Ensemble)):
+            head += f", {grammar.named(stage.method)[0]} of {', '.join(str(m.path) for m in stage.models)}"
+        lines.append(head)
+    return "\n".join(lines)

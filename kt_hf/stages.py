@@ -1,0 +1,393 @@
+"""What each kind of stage does for one seed: train, merge, ensemble, evaluate. Each ends in a folder with evidence."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from kt_hf import checkpoint, ensembling, evaluation, merging, randomness, registry, trainer
+from kt_hf import folder as folders
+from kt_hf import recipe as grammar
+from kt_hf.bundle import Bundle
+from kt_hf.errors import RecipeError
+from kt_hf.loader import Plan, Rows, Windows, load_batches
+from kt_hf.recipe import Ensemble, Evaluate, Merge, Model, Stage, Train, Training
+from kt_hf.run import Run
+from kt_hf.task import Loaded, Scores
+
+if TYPE_CHECKING:
+    from kt_hf.runner import Context
+
+logger = logging.getLogger(__name__)
+
+
+def build(kind: str, item: Any, stage: Stage, settings: dict[tuple[str, str], dict[str, Any]]) -> Any:
+    name, given = grammar.named(item)
+    return registry.load(kind, name)(**settings.get((stage.name, f"{kind}:{name}"), given))
+
+
+def build_stack(stage: Train, settings: dict[tuple[str, str], dict[str, Any]]) -> dict[str, Any]:
+    return {grammar.named(s)[0]: build("strategy", s, stage, settings) for s in stage.strategies}
+
+
+def perform(context: Context, stage: Stage, seed: int) -> dict[str, Any]:
+    """Run one stage with one seed; returns the facts that `stage.json` holds."""
+    folder = folders.stage_folder(context.root, stage.name, seed)
+    if context.accelerator.is_main_process:
+        with checkpoint.disk(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(folder / "model", ignore_errors=True)
+    context.accelerator.wait_for_everyone()
+    kinds: dict[type, Callable[..., dict[str, Any]]] = {Train: _train, Merge: _merge, Ensemble: _ensemble, Evaluate: _evaluate}
+    with peak_memory(context.accelerator.device) as peak:
+        facts = kinds[type(stage)](context, stage, seed, folder)
+    facts["cost"]["peak_memory_bytes"] = peak["bytes"]
+    facts["cost"]["size_on_disk_bytes"] = sum(p.stat().st_size for p in (folder / "model").rglob("*") if p.is_file())
+    facts.update(stage=stage.name, seed=seed, verb=stage.verb)
+    if context.accelerator.is_main_process:
+        facts = folders.finish(folder, facts)
+    context.accelerator.wait_for_everyone()
+    return facts
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[dict[str, int]]:
+    """Peak of the device's allocations, or of this process' resident memory where Linux lets us reset that."""
+    found = {"bytes": 0}
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            pass
+    yield found
+    if device.type == "cuda":
+        found["bytes"] = torch.cuda.max_memory_allocated(device)
+    else:
+        found["bytes"] = _resident_peak()
+
+
+def _resident_peak() -> int:
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+# --- train -------------------------------------------------------------------------------------------------------------
+
+
+def _train(context: Context, stage: Train, seed: int, folder: Path) -> dict[str, Any]:
+    rates = stage.training.learning_rate
+    trials: list[dict[str, Any]] = []
+    result = None
+    if isinstance(rates, list) and len(rates) > 1:
+        trials, result = _choose_rate(context, stage, seed, folder, rates)
+        rates = max(trials, key=lambda t: t["chosen"])["learning_rate"]
+    rate = rates[0] if isinstance(rates, list) else rates
+    if result is None:
+        result = _train_once(context, stage, seed, folder, rate)
+    loaded, task, info = result.loaded, context.task(stage), context.info(stage)
+    if context.accelerator.is_main_process:
+        save_model(task, loaded, folder / "model")
+        shutil.rmtree(folder / "trials", ignore_errors=True)
+    facts = measured(context, stage, loaded, folder, loaded.model)
+    facts["cost"] = {**result.cost, **facts["cost"]}
+    facts.update(curve=result.curve, evaluations=result.evaluations, trials=trials, learning_rate=rate, best_step=result.best_step)
+    facts["lineage"] = _train_lineage(context, stage, seed)
+    return facts
+
+
+def _train_once(context: Context, stage: Train, seed: int, folder: Path, rate: float) -> trainer.Result:
+    task, info, data = context.task(stage), context.info(stage), stage.data[1]  # type: ignore[index]
+    training = Training(**{**{k: getattr(stage.training, k) for k in grammar.settings.parameters(Training)}, "learning_rate": rate})
+    training.seed = stage.training.seed + seed
+    if training.full_determinism:
+        torch.use_deterministic_algorithms(True)
+    randomness.seed_all("load", training.seed)
+    loaded = task.load(context.resolve(stage.model, seed), info)
+    steps = trainer.planned_steps(training, len(info.splits["train"]), context.accelerator.num_processes)
+    run = Run(context.accelerator, training.seed, folder, task, loaded, info, steps, lambda ref: context.resolve(ref, seed), training.bf16)
+    stack = build_stack(stage, context.settings)
+
+    def stream_info(name: str) -> Any:
+        return context.named_info(name, context.recipe.data[name], task)
+
+    with tracking(context, training, folder) as track:
+        return trainer.Trainer(run, loaded, stack, training, data, track, stream_info, context.until).run()
+
+
+def _choose_rate(context: Context, stage: Train, seed: int, folder: Path, rates: list[float]) -> tuple[list[dict[str, Any]], trainer.Result | None]:
+    """Train with every rate for seed 0 and keep the best on validation data; other seeds take seed 0's choice."""
+    task, info = context.task(stage), context.info(stage)
+    if seed > 0:
+        first = folders.finished(folders.stage_folder(context.root, stage.name, 0))
+        assert first is not None
+        return [t for t in first["trials"]], None
+    higher = task.greater_is_better
+    trials, results = [], []
+    for rate in rates:
+        result = _train_once(context, stage, seed, folder / "trials" / f"{rate:g}", rate)
+        found = _predict(context, task, result.loaded, result.loaded.model, info, "validation", stage.training.per_device_eval_batch_size)
+        score = task.measure(found, result.loaded, info).metrics[task.metric]
+        trials.append({"learning_rate": rate, "metric": task.metric, "validation": score, "seconds": result.cost["seconds"], "chosen": False})
+        results.append(result)
+    best = sorted(range(len(rates)), key=lambda i: trials[i]["validation"], reverse=higher)[0]
+    trials[best]["chosen"] = True
+    logger.info("%s: learning rate %g is best on validation data (%s)", stage.name, rates[best], ", ".join(f"{t['learning_rate']:g}: {t['validation']:.4f}" for t in trials))
+    return trials, results[best]
+
+
+def _train_lineage(context: Context, stage: Train, seed: int) -> dict[str, Any]:
+    resolved = stage.model
+    lineage: dict[str, Any] = {"data": stage.data[0] if stage.data else None}
+    if resolved.path:
+        lineage["base_model"], lineage["revision"] = str(resolved.path), resolved.revision
+    elif resolved.config:
+        lineage["config"] = resolved.config
+    else:
+        lineage["image"], lineage["text"] = (str(t.path or t.config) for t in (resolved.image, resolved.text))
+    for item in stage.strategies:
+        name, given = grammar.named(item)
+        for key, ref in grammar.settings.references(registry.load("strategy", name), given, "model").items():
+            lineage[key] = str(ref)
+    return lineage
+
+
+@contextmanager
+def tracking(context: Context, training: Training, folder: Path) -> Iterator[Callable[..., None] | None]:
+    """The trackers of accelerate that `report_to` names, TensorBoard by default, writing to `<stage>/logs`."""
+    names = training.report_to if training.report_to is not None else ["tensorboard"]
+    names = [names] if isinstance(names, str) else names
+    names = [n for n in names if n != "none"]
+    if not names or not context.accelerator.is_main_process:
+        yield None
+        return
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    trackers = []
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            from kt_hf.errors import nearest
+
+            raise RecipeError(f"training.report_to: got '{name}'", nearest(name, LOGGER_TYPE_TO_CLASS))
+        cls = LOGGER_TYPE_TO_CLASS[name]
+        try:
+            tracker = cls("logs", folder) if cls.requires_logging_directory else cls(folder.name)
+            if hasattr(tracker, "start"):
+                tracker.start()
+        except ImportError as error:
+            raise RecipeError(f"training.report_to: {name} is not installed ({error})", f"pip install {name}, or report_to=none") from error
+        trackers.append(tracker)
+
+    def track(values: dict[str, float], step: int) -> None:
+        for tracker in trackers:
+            tracker.log(values, step=step)
+
+    try:
+        yield track
+    finally:
+        for tracker in trackers:
+            tracker.finish()
+
+
+# --- merge, ensemble, evaluate -----------------------------------------------------------------------------------------
+
+
+def _merge(context: Context, stage: Merge, seed: int, folder: Path) -> dict[str, Any]:
+    from kt_hf.runner import parents as find_parents
+
+    task, info, accelerator = context.task(stage), context.info(stage), context.accelerator
+    names, models = find_parents(context, stage, seed)
+    method = build("merge", stage.method, stage, context.settings)
+    if len(models) < method.min_parents:
+        raise RecipeError(f"stages.{stage.name}: {len(models)} parents, {grammar.named(stage.method)[0]} needs {method.min_parents}", "name more models")
+    started = time.perf_counter()
+    loaded = task.load(models[0], info)
+    _check_kinship(task, loaded, models, names, info)
+    base = context.resolve(stage.base, seed) if stage.base is not None else None
+    statistics = merging.batch_statistics(loaded.model)
+    if statistics and "train" not in info.splits:
+        raise RecipeError(f"stages.{stage.name}: the parents keep batch statistics and there are no training data to re-estimate them", "give the stage data with a training split")
+    with merging.Parents([Path(str(m.path)) for m in models], names) as parents:
+        parents.check_finite()
+
+        def score(weights: list[float]) -> float:
+            merging.load_mean(loaded.model, parents, weights)
+            _refresh_statistics(context, stage, loaded)
+            found = _predict(context, task, loaded, loaded.model, info, "validation")
+            return task.measure(found, loaded, info).metrics[task.metric]
+
+        if method.needs_validation and "validation" not in info.splits:
+            raise RecipeError(f"stages.{stage.name}: {grammar.named(stage.method)[0]} selects on validation data, and there are none", "give data with a validation split")
+        merge_run = merging.MergeRun(len(models), names, task.greater_is_better, score)
+        method.fit(merge_run)
+        if accelerator.is_main_process:
+            with merging.Parents([Path(str(base.path))], ["base"]) if base is not None else _none() as base_parents:
+                merging.merge(method, parents, base_parents, folder / "model")
+    accelerator.wait_for_everyone()
+    loaded = task.load(Model(path=str(folder / "model")), info)
+    if statistics:
+        _refresh_statistics(context, stage, loaded)
+        if accelerator.is_main_process:
+            save_model(task, loaded, folder / "model")
+    seconds = time.perf_counter() - started
+    facts = measured(context, stage, loaded, folder, loaded.model)
+    total = sum(p.numel() for p in loaded.model.parameters())
+    facts["cost"].update(seconds=seconds, total_parameters=total, trained_parameters=0, optimizer_steps=0)
+    summary = {**method.summary(), "validation_scores": merge_run.scores}
+    facts.update(summary=summary, lineage={"parents": names, "method": grammar.named(stage.method)[0], **({"base": str(stage.base.path)} if stage.base else {})})
+    return facts
+
+
+@contextmanager
+def _none() -> Iterator[None]:
+    yield None
+
+
+def _check_kinship(task: Any, loaded: Loaded, models: list[Model], names: list[str], info: Any) -> None:
+    """Parents must agree on what their outputs and inputs mean, not only on shapes."""
+    first = task.signature(loaded)
+    for name, model in zip(names[1:], models[1:], strict=True):
+        other = task.signature(task.load(model, info))
+        for key in first.keys() & other.keys():
+            if first[key] != other[key]:
+                raise RecipeError(f"'{names[0]}' and '{name}' differ in {key}", "merge models of the same labels, vocabulary and preprocessing")
+
+
+def _refresh_statistics(context: Context, stage: Stage, loaded: Loaded) -> None:
+    if not merging.batch_statistics(loaded.model):
+        return
+    task, info, accelerator = context.task(stage), context.info(stage), context.accelerator
+    loaded.model.to(accelerator.device)
+    rows = Rows(info, "train", task, loaded, train=False)
+    plan = Plan(len(rows), 64, 0)
+    count = min(plan.steps_per_epoch, 100)
+
+    def batches() -> Iterator[Any]:
+        for batch in load_batches(rows, Windows(plan, 0, count, 1, 0, 1), 0, False):
+            yield evaluation.to_device(batch, accelerator.device)
+
+    merging.reestimate(loaded.model, batches, lambda batch: task.forward(loaded.model, batch))
+
+
+def _ensemble(context: Context, stage: Ensemble, seed: int, folder: Path) -> dict[str, Any]:
+    from kt_hf.runner import parents as find_parents
+
+    task, info, accelerator = context.task(stage), context.info(stage), context.accelerator
+    names, models = find_parents(context, stage, seed)
+    method_name = grammar.named(stage.method)[0]
+    method = build("ensemble", stage.method, stage, context.settings)
+    started = time.perf_counter()
+    loaded = [task.load(m, info) for m in models]
+    bundle = ensembling.EnsembleBundle(loaded, task, method.combine).to(accelerator.device)
+    if method.needs_validation:
+        if "validation" not in info.splits or task.unit != "example":
+            raise RecipeError(f"stages.{stage.name}: fitting weights needs validation data and one class per example", "give the weights")
+        found = evaluation.predict(bundle, bundle, accelerator, info, "validation", 64, mode="scores")
+        method.fit(torch.from_numpy(found["scores"]).transpose(0, 1), torch.from_numpy(found["label"]))
+    if accelerator.is_main_process:
+        ensembling.save(folder / "model", [Path(str(m.path)) for m in models], method_name, method, type(task).__name__)
+    found = evaluation.predict(bundle, bundle, accelerator, info, info.evaluation_split, 64)
+    facts = record(context, stage, loaded[0], folder, found)
+    total = sum(p.numel() for m in loaded for p in m.model.parameters())
+    facts["cost"] = {"seconds": time.perf_counter() - started, "total_parameters": total, "trained_parameters": 0, "optimizer_steps": 0}
+    facts.update(summary=method.state(), lineage={"members": names, "method": method_name})
+    return facts
+
+
+def _evaluate(context: Context, stage: Evaluate, seed: int, folder: Path) -> dict[str, Any]:
+    task, info = context.task(stage), context.info(stage)
+    model = context.resolve(stage.model, seed)
+    started = time.perf_counter()
+    if ensembling.is_ensemble(Path(str(model.path))):
+        paths, combine = ensembling.members(Path(str(model.path)))
+        members = [task.load(Model(path=str(p)), info) for p in paths]
+        bundle = ensembling.EnsembleBundle(members, task, combine).to(context.accelerator.device)
+        found = evaluation.predict(bundle, bundle, context.accelerator, info, info.evaluation_split, 64)
+        facts, total = record(context, stage, members[0], folder, found), sum(p.numel() for p in bundle.parameters())
+    else:
+        randomness.seed_all("load", seed)
+        loaded = task.load(model, info)
+        _refuse_untrained_head(stage.name, task, loaded)
+        facts = measured(context, stage, loaded, folder, loaded.model)
+        total = sum(p.numel() for p in loaded.model.parameters())
+    facts["cost"] = {"seconds": time.perf_counter() - started, "total_parameters": total, "trained_parameters": 0, "optimizer_steps": 0}
+    facts["lineage"] = {"model": str(stage.model.path), "revision": stage.model.revision}
+    return facts
+
+
+def _refuse_untrained_head(where: str, task: Any, loaded: Loaded) -> None:
+    if loaded.new_parameters:
+        names = ", ".join(loaded.new_parameters[:3])
+        raise RecipeError(f"{where}: the model has no trained head for these labels ({names} are new)", "a model without its head cannot be measured before training")
+
+
+# --- measuring and saving ----------------------------------------------------------------------------------------------
+
+
+def save_model(task: Any, loaded: Loaded, folder: Path) -> None:
+    """Write the model's folder as `task.save` says, staged, so that it is there as a whole or not at all."""
+    staged = folder.with_name(f".{folder.name}.partial")
+    with checkpoint.disk(folder):
+        shutil.rmtree(staged, ignore_errors=True)
+        staged.mkdir(parents=True)
+        task.save(loaded, staged)
+        shutil.rmtree(folder, ignore_errors=True)
+        staged.rename(folder)
+
+
+def _predict(context: Context, task: Any, loaded: Loaded, model: Any, info: Any, split: str, batch_size: int = 64) -> dict[str, np.ndarray]:
+    loaded.model = model
+    bundle = Bundle(loaded, task, {}).to(context.accelerator.device).eval()
+    return evaluation.predict(bundle, bundle, context.accelerator, info, split, batch_size)
+
+
+def measured(context: Context, stage: Stage, loaded: Loaded, folder: Path, model: Any) -> dict[str, Any]:
+    """Predict and measure on the evaluation split; returns facts with metrics."""
+    task, info = context.task(stage), context.info(stage)
+    found = _predict(context, task, loaded, model, info, info.evaluation_split)
+    return record(context, stage, loaded, folder, found)
+
+
+def record(context: Context, stage: Stage, loaded: Loaded, folder: Path, found: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Write predictions.parquet and the arrays behind the figures; returns facts with metrics."""
+    task, info = context.task(stage), context.info(stage)
+    scores: Scores = task.measure(found, loaded, info)
+    if context.accelerator.is_main_process:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        seed = int(folder.name) if folder.parent.name == "seeds" else 0
+        table = {"index": found["index"], "seed": np.full(len(found["index"]), seed), **task.table(found, loaded, info)}
+        pq.write_table(pa.table({k: pa.array(v) if not isinstance(v, list) else pa.array(list(v)) for k, v in table.items()}), folder / "predictions.parquet")
+        tensors = {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in found.items()}
+        checkpoint.write(folder / "arrays.safetensors", checkpoint.tensor_chunks(tensors))
+    return {
+        "metrics": scores.metrics,
+        "primary_metric": task.metric,
+        "greater_is_better": task.greater_is_better,
+        "split": info.evaluation_split,
+        "data": {"name": info.name, "path": info.path, "fingerprint": info.fingerprint, "counts": info.counts},
+        "labels": loaded.labels,
+        "label_ids": loaded.label_ids,
+        "cost": {},
+        "curve": [],
+        "evaluations": [],
+        "trials": [],
+        "summary": {},
+        "task": type(task).__name__,
+    }

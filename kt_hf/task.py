@@ -1,0 +1,161 @@
+"""The task contract: what is predicted. Strategies, merges and ensembles know tasks only by these methods.
+
+Shapes: B rows of a batch, N scored units (examples, tokens), C classes, D width of features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from kt_hf.errors import RecipeError
+
+if TYPE_CHECKING:
+    from kt_hf.data import DataInfo
+    from kt_hf.recipe import Model
+
+Batch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Role:
+    """A column that a task reads. kinds: feature kinds it may have (`string`, `strings`, `image`, `class`, `messages`);
+    aliases: usual column names, most telling first."""
+
+    name: str
+    kinds: tuple[str, ...]
+    required: bool = True
+    aliases: tuple[str, ...] = ()
+
+
+@dataclass
+class Loaded:
+    """A model with what belongs to it.
+
+    labels: its class names, in the order of its outputs. label_ids: class of the data set -> class of the model.
+    origin: what was loaded, for lineage (`path`, `revision`). kind: how it is saved (`transformers`, `adapter`, `open_clip`).
+    """
+
+    model: nn.Module
+    processor: Any = None
+    labels: list[str] | None = None
+    label_ids: list[int] | None = None
+    origin: dict[str, Any] = field(default_factory=dict)
+    kind: str = "transformers"
+    new_parameters: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Scores:
+    """A measurement: `metrics` by name, and per metric that is a mean over examples, (values_N, weights_N).
+
+    Where a metric is no mean over examples, `statistics` gives it as a function of example weights_N, for resampling.
+    """
+
+    metrics: dict[str, float]
+    examples: dict[str, tuple[np.ndarray, np.ndarray | None]] = field(default_factory=dict)
+    statistics: dict[str, Any] = field(default_factory=dict)
+
+
+class Task:
+    """Base of every task. Its settings are the constructor's keyword arguments."""
+
+    api_version: ClassVar[int] = 1
+    roles: ClassVar[tuple[Role, ...]] = ()
+    unit: ClassVar[str] = "example"
+    """What the loss and the scores are counted in."""
+    has_loss: ClassVar[bool] = True
+    """False where only a strategy can give an objective (dual encoders)."""
+    metric: str = "accuracy"
+    """The metric that decides, for selection and in the report."""
+    greater_is_better: bool = True
+    lower_metrics: ClassVar[tuple[str, ...]] = ()
+    """Other metrics of which lower is better."""
+    cache_rows: ClassVar[bool] = True
+    """Whether preprocessed rows are kept on disk (text) or made on the fly (images)."""
+    random_rows: ClassVar[bool] = False
+    """Whether training rows are preprocessed anew in every epoch, because `preprocess` draws (a caption out of several)."""
+
+    def fits(self, roles: dict[str, str]) -> bool:
+        """Whether rows with these roles (role -> column) are this task's, for a recipe without `task`."""
+        return False
+
+    def load(self, ref: Model, info: DataInfo) -> Loaded:
+        """Load or build the model and its processor, with labels mapped by name."""
+        raise RecipeError(f"{type(self).__name__} cannot load models", "choose another task")
+
+    def preprocess(self, rows: dict[str, list[Any]], loaded: Loaded, train: bool, augment: Any = None) -> dict[str, Any]:
+        """Columns by role, N rows -> model inputs, N rows each. `augment` is a callable on images or None."""
+        raise NotImplementedError
+
+    def collate(self, rows: Sequence[dict[str, Any]], loaded: Loaded) -> Batch:
+        """Preprocessed rows -> a flat batch, always with `index`."""
+        raise NotImplementedError
+
+    def forward(self, model: nn.Module, batch: Batch, **kwargs: Any) -> Any:
+        """Run the model without labels."""
+        raise NotImplementedError
+
+    def loss(self, outputs: Any, batch: Batch, label_smoothing: float = 0.0) -> tuple[torch.Tensor, torch.Tensor | None, str]:
+        """(values, weight, unit), unreduced, in float32."""
+        raise NotImplementedError
+
+    def units(self, batch: Batch) -> dict[str, int | torch.Tensor]:
+        """How many of each unit the batch holds; at least `example`."""
+        return {"example": len(batch["index"])}
+
+    def scores(self, outputs: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """(scores_NC, weight_N): logits over classes for every unit, weight 0 where a unit does not count."""
+        raise RecipeError(f"{type(self).__name__} has no scores over classes", "use another strategy or task")
+
+    def features(self, outputs: Any, batch: Batch) -> torch.Tensor:
+        """features_BD: one vector per row."""
+        raise RecipeError(f"{type(self).__name__} has no features", "use another strategy or task")
+
+    def context(self, model: nn.Module, loaded: Loaded, info: DataInfo, device: torch.device) -> dict[str, torch.Tensor]:
+        """What `predict` needs once per evaluation, such as the embeddings of the class names."""
+        return {}
+
+    def predict(self, model: nn.Module, batch: Batch, context: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Predictions with B rows each, compact, references included (`label`)."""
+        raise NotImplementedError
+
+    def from_scores(self, scores_NC: torch.Tensor, weight_N: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
+        """Predictions of an ensemble from its combined scores (log-probabilities)."""
+        raise RecipeError(f"{type(self).__name__} has no output ensembles", "merge in weight space instead")
+
+    def measure(self, predictions: dict[str, np.ndarray], loaded: Loaded, info: DataInfo) -> Scores:
+        """Metrics of a whole evaluation set, predictions sorted by `index`."""
+        raise NotImplementedError
+
+    def table(self, predictions: dict[str, np.ndarray], loaded: Loaded, info: DataInfo) -> dict[str, Any]:
+        """Columns of predictions.parquet, N rows each, from which `measure` can be recomputed."""
+        raise NotImplementedError
+
+    def majority(self, train: dict[str, Any], predictions: dict[str, np.ndarray], loaded: Loaded, info: DataInfo) -> Scores | None:
+        """What always answering the most frequent training label would score; None where that makes no sense."""
+        return None
+
+    def layers(self, model: nn.Module) -> list[list[str]]:
+        """Parameter names of the backbone, layer by layer from the input (embeddings first); the head is not in it."""
+        raise RecipeError(f"{type(self).__name__} does not know its layers", "freeze by pattern instead")
+
+    def head(self, model: nn.Module) -> list[str]:
+        """Module names of the head: what is new for a task and is trained in full beside adapters."""
+        return []
+
+    def signature(self, loaded: Loaded) -> dict[str, Any]:
+        """What teacher and student must agree on: `vocabulary`, `labels`, `normalisation`; compared key by key."""
+        return {"labels": loaded.labels}
+
+    def save(self, loaded: Loaded, folder: Path) -> None:
+        """Write a model directory that plain `from_pretrained` loads."""
+        loaded.model.save_pretrained(folder)  # type: ignore[operator]
+        if loaded.processor is not None:
+            loaded.processor.save_pretrained(folder)
