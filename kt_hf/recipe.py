@@ -113,8 +113,8 @@ class Training(Noun):
     """Settings of the training loop, with the names and meanings of transformers' `TrainingArguments`.
 
     learning_rate: one, or a list from which the best on validation data is taken (tried with the stage's first seed).
-    eval_steps, save_steps: every so many optimizer steps; a value below 1 is a fraction of the run; 0 is never, and without
-    a value it is after every epoch (eval) or never before the end (save). metric_for_best_model: with
+    eval_steps, save_steps: every so many optimizer steps; a value below 1 is a fraction of the run, 0 is never. Without
+    a value, evaluation is after every epoch but at most ten times, and nothing is saved before the end. metric_for_best_model: with
     load_best_model_at_end or early_stopping_patience; the task's first metric by default. num_threads: CPU threads of a rank.
     """
 

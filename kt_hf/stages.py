@@ -21,7 +21,7 @@ from kt_hf.bundle import Bundle
 from kt_hf.errors import RecipeError
 from kt_hf.loader import Plan, Rows, Windows, load_batches
 from kt_hf.recipe import Ensemble, Evaluate, Merge, Model, Stage, Train, Training
-from kt_hf.run import Run
+from kt_hf.facts import Run
 from kt_hf.task import Loaded, Scores
 
 if TYPE_CHECKING:

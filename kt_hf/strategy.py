@@ -32,7 +32,7 @@ from torch import nn
 
 if TYPE_CHECKING:
     from kt_hf.bundle import Step
-    from kt_hf.run import Run
+    from kt_hf.facts import Run
 
 Batch = dict[str, Any]
 """Tensors by name, B rows each; always with `index`, the row numbers. See `Task.collate`."""

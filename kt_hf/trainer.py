@@ -23,7 +23,7 @@ from kt_hf.bundle import Bundle, Position
 from kt_hf.errors import DataError, NonFiniteError, RecipeError
 from kt_hf.loader import Plan, Rows, Windows, load_batches, transforms
 from kt_hf.recipe import Data, Training
-from kt_hf.run import Run
+from kt_hf.facts import Run
 from kt_hf.strategy import Strategy
 from kt_hf.task import Loaded
 
@@ -224,8 +224,8 @@ class Trainer:
         if every is None:
             if not default_epoch:
                 return 0
-            per_epoch = self.batch_plan().steps_per_epoch
-            return per_epoch if per_epoch < self.run_facts.planned_steps else 0
+            # after every epoch, but not more than about ten times
+            return max(self.batch_plan().steps_per_epoch, math.ceil(self.run_facts.planned_steps / 10))
         return max(1, round(every * self.run_facts.planned_steps)) if 0 < every < 1 else int(every)
 
     # --- looking, judging, saving ---
