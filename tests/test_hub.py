@@ -24,7 +24,8 @@ from hub_server import READER, WRITER, HubServer, Loopback, Storage
 
 from kt_hf import hub as kt_hub
 from kt_hf.errors import IntegrityError, RecipeError
-from kt_hf.hub import model_card, scrub
+from kt_hf.hub import scrub
+from kt_hf.model_card import model_card
 
 CONFIG = b'{"model_type": "bert"}\n'
 REPO = "writer/model"
