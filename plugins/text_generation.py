@@ -1,7 +1,7 @@
 """Text generation: a causal language model on texts, on prompts with completions, or on chats.
 
-Shapes: B rows of a batch, L tokens of the longest row, C entries of the vocabulary, D width of features, N predicted tokens of
-the whole batch, row by row.
+Shapes: B rows of a batch, L tokens of the longest row, C entries of the vocabulary, D width of features, N predicted
+tokens of the whole batch, row by row.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -43,14 +44,14 @@ Encoded = Iterator[tuple[list[int], list[bool]]]
 class TextGeneration(Task):
     """A causal language model (`AutoModelForCausalLM`): on texts, on prompts with completions, or on chat messages.
 
-    max_length: tokens per example; longer ones are cut on the tokenizer's truncation_side, and counted. loss_on: learn the
-    `answers` (completions, assistant turns with the tokens that end them) or `all` tokens; texts are always learnt in full.
-    add_eos: put the end token after texts and completions (a chat template ends turns by itself). form: which of `text`,
-    `prompt` (with completion) and `messages` to use where the data have several. chat_template: Jinja text, or a file of it,
-    for tokenizers without one, or in place of theirs.
+    max_length: tokens per example; longer ones are cut on the tokenizer's truncation_side, and counted. loss_on: learn
+    the `answers` (completions, assistant turns with the tokens that end them) or `all` tokens; texts are always learnt in
+    full. add_eos: put the end token after texts and completions (a chat template ends turns by itself). form: which of
+    `text`, `prompt` (with completion) and `messages` to use where the data have several. chat_template: Jinja text, or a
+    file of it, for tokenizers without one, or in place of theirs.
     """
 
-    roles = (
+    roles: ClassVar[tuple[Role, ...]] = (
         Role("messages", ("messages",), required=False, aliases=("conversations", "conversation", "chat")),
         Role("prompt", ("string",), required=False),
         Role("completion", ("string",), required=False, aliases=("response",)),
@@ -76,9 +77,8 @@ class TextGeneration(Task):
         self.max_length, self.loss_on, self.add_eos = max_length, loss_on, add_eos
         self.form, self.chat_template = form, chat_template
         if form is not None:  # nothing else is looked for then, and these must be found
-            self.roles = tuple(  # type: ignore[misc]
-                Role(r.name, r.kinds, aliases=r.aliases) for r in type(self).roles if r.name in FORMS[form]
-            )
+            wanted = [role for role in type(self).roles if role.name in FORMS[form]]
+            self.roles = tuple(replace(role, required=True) for role in wanted)  # type: ignore[misc]
 
     def fits(self, roles: dict[str, str]) -> bool:
         names = set(roles)
@@ -90,8 +90,8 @@ class TextGeneration(Task):
 
     def load(self, ref: Any, info: Any) -> Loaded:
         """Raises `RecipeError` for rows of no form or several, for a tokenizer without what the rows need, for a model with
-        fewer embeddings than the tokenizer has tokens, and for one that sees later tokens; `IntegrityError` for a checkpoint
-        without a language-model head."""
+        too few embeddings for its tokenizer, and for one that sees later tokens; `IntegrityError` for a checkpoint without
+        a language-model head."""
         from transformers import AutoModelForCausalLM
 
         form = self._form(info.roles)
@@ -122,7 +122,7 @@ class TextGeneration(Task):
             tokenizer.chat_template = read_template(self.chat_template)
         if form == "messages" and not tokenizer.chat_template:
             raise RecipeError(
-                f"the tokenizer {tokenizer.name_or_path or 'trained here'} has no chat template, and the data are messages",
+                f"the data are messages, and the tokenizer {tokenizer.name_or_path or 'trained here'} has no chat template",
                 "set the task's chat_template (Jinja text or a file), or model.processor to a tokenizer that has one",
             )
         if form != "messages" and self.add_eos and tokenizer.eos_token_id is None:
@@ -132,8 +132,8 @@ class TextGeneration(Task):
             )
 
     def signature(self, loaded: Loaded) -> dict[str, Any]:
-        """`vocabulary` must be equal for teacher and student; models may pad it to different widths, so that `num_scores` of
-        the scores are comparable. `preprocessing` holds what else changes the token ids of a row."""
+        """`vocabulary` must be equal for teacher and student; models may pad it to different widths, so that the first
+        `num_scores` scores are comparable. `preprocessing` holds what else changes the token ids of a row."""
         tokenizer = loaded.processor
         template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
         rules = {
@@ -185,8 +185,8 @@ class TextGeneration(Task):
     def _prompts(self, rows: dict[str, list[Any]], tokenizer: Any) -> Encoded:
         """The prompt's tokens are those that it has alone, as in generation, and no token spans the boundary.
 
-        Completions take their tokens from the two texts together wherever these begin with the prompt's; else (a merge across
-        the boundary, which is counted) they are tokenised apart.
+        Completions take their tokens from the two texts together wherever these begin with the prompt's; else (a merge
+        across the boundary, which is counted) they are tokenised apart.
         """
         start, end = start_tokens(tokenizer), self._end(tokenizer)
         prompts = encode(tokenizer, rows["prompt"], "prompt")
@@ -228,7 +228,7 @@ class TextGeneration(Task):
                 )
 
     def collate(self, rows: Any, loaded: Loaded) -> Batch:
-        """Padded on the right, whichever side the tokenizer pads on; by length, since the padding token may be the end token."""
+        """Padded on the right, whichever side the tokenizer pads on; by length: padding may share the end token's id."""
         fill = {"input_ids": loaded.processor.pad_token_id, "attention_mask": 0, "labels": IGNORED}
         width = max(len(row["input_ids"]) for row in rows)
         batch: Batch = {"index": torch.tensor([int(row["index"]) for row in rows])}
@@ -325,7 +325,7 @@ _NOTES = {
 }
 
 
-# --- loading -----------------------------------------------------------------------------------------------------------
+# --- loading ---------------------------------------------------------------------------------------------------------
 
 
 def read_template(given: str) -> str:
@@ -378,7 +378,7 @@ def check_model(loaded: Loaded, fresh: bool) -> None:
 
 @torch.no_grad()
 def is_causal(model: nn.Module) -> bool:
-    """Whether another last token leaves the earlier logits as they are. Asked where the configuration leaves it open."""
+    """Whether another last token leaves the earlier logits as they are; asked where the configuration leaves it open."""
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
@@ -401,7 +401,7 @@ def fit_together(model: Any, tokenizer: Any) -> None:
         tokenizer.model_max_length = longest
 
 
-# --- tokens ------------------------------------------------------------------------------------------------------------
+# --- tokens ----------------------------------------------------------------------------------------------------------
 
 
 def encode(tokenizer: Any, texts: list[Any], role: str) -> list[list[int]]:
@@ -439,7 +439,7 @@ def render(tokenizer: Any, messages: list[Mapping[str, Any]], **how: Any) -> Any
         return tokenizer.apply_chat_template(messages, return_dict=True, tokenizer_kwargs={"verbose": False}, **how)
     except (TemplateError, TypeError, ValueError, KeyError) as error:
         raise DataError(
-            f"the chat template refuses the chat that begins {_excerpt(messages)}: {' '.join(str(error).split())[:200]}",
+            f"the chat template refuses a chat (it begins {_excerpt(messages)}): {' '.join(str(error).split())[:200]}",
             "change these rows, or set the task's chat_template",
         ) from error
 
@@ -453,24 +453,24 @@ def marked_answers(tokenizer: Any, messages: list[Mapping[str, Any]]) -> tuple[l
 def prefix_answers(tokenizer: Any, messages: list[Mapping[str, Any]]) -> tuple[list[int], list[bool]]:
     """Answers as what an assistant turn adds to the chat before it, with the generation prompt.
 
-    Right only if each of those shorter chats is, token by token, the beginning of the whole; raises `DataError` otherwise.
+    Right only if each of those shorter chats is, token by token, the beginning of the whole; else raises `DataError`.
     """
     ids = render(tokenizer, messages)["input_ids"]
     answer = [False] * len(ids)
     for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message.get("role") != "assistant":
             continue
         if turn == 0:
             raise DataError(
-                f"the chat that begins {_excerpt(messages)} opens with the assistant: where its answer starts is not known",
+                f"a chat opens with the assistant ({_excerpt(messages)}): where its answer starts is not known",
                 "put generation markers into the chat_template, drop such rows, or set loss_on=all",
             )
         before = render(tokenizer, messages[:turn], add_generation_prompt=True)["input_ids"]
         after = render(tokenizer, messages[: turn + 1])["input_ids"]
         if ids[: len(before)] != before or ids[: len(after)] != after or len(after) < len(before):
             raise DataError(
-                f"the chat template writes turn {turn + 1} differently once it is followed or answered, "
-                f"in the chat that begins {_excerpt(messages)}: which tokens are the answer cannot be told",
+                f"the chat template writes what precedes or makes up turn {turn + 1} differently in the whole chat "
+                f"(it begins {_excerpt(messages)}): which tokens are the answer cannot be told",
                 "put {% generation %} markers around answers in the chat_template, or set loss_on=all",
             )
         answer[len(before) : len(after)] = [True] * (len(after) - len(before))
@@ -482,11 +482,11 @@ def _excerpt(messages: list[Mapping[str, Any]]) -> str:
     return f"'{first[:40]}{'...' if len(first) > 40 else ''}'"
 
 
-# --- tensors -----------------------------------------------------------------------------------------------------------
+# --- tensors ---------------------------------------------------------------------------------------------------------
 
 
 @functools.cache
-def accepted_arguments(model: type[nn.Module]) -> frozenset[str]:
+def accepted_arguments(model: Any) -> frozenset[str]:
     return frozenset(inspect.signature(model.forward).parameters)
 
 
