@@ -17,7 +17,7 @@ from torch import nn
 
 from kt_hf.errors import DataError, HubError, IntegrityError, KtError, RecipeError, nearest
 from kt_hf.recipe import Model
-from kt_hf.task import Loaded
+from kt_hf.task import FACTS, Loaded
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +69,8 @@ def dtype_of(ref: Model) -> Any:
 
 def load_model(auto: Any, ref: Model, labels: list[str] | None = None, **changes: Any) -> Loaded:
     """A model of the class family `auto` (an `AutoModelFor...`), with a head for `labels` where these are given."""
+    if ref.path is not None and (Path(ref.path) / ADAPTER).is_file():
+        return load_adapter(auto, ref, labels)
     config = config_of(ref, **changes)
     if ref.path is None:
         if labels is not None:
@@ -114,6 +116,30 @@ def load_model(auto: Any, ref: Model, labels: list[str] | None = None, **changes
         logger.info("new in %s: %s", what, ", ".join(missing))
     origin = {"path": str(ref.path), "revision": ref.revision or getattr(config, "_commit_hash", None)}
     return Loaded(model, None, names, ids, origin, new_parameters=missing)
+
+
+ADAPTER = "adapter_config.json"
+
+
+def load_adapter(auto: Any, ref: Model, labels: list[str] | None) -> Loaded:
+    """A folder with a peft adapter: its base model with the adapter merged in."""
+    from peft import PeftModel
+
+    folder = Path(str(ref.path))
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise IntegrityError(f"{folder} has no adapter_model.safetensors", "adapters are loaded from safetensors alone")
+    base_path = json.loads((folder / ADAPTER).read_text()).get("base_model_name_or_path")
+    facts = json.loads((folder / FACTS).read_text()) if (folder / FACTS).is_file() else {}
+    own = facts.get("labels")
+    base = load_model(auto, Model(path=base_path, dtype=ref.dtype, replace_head=True), own if labels is not None else None)
+    with loading(f"adapter '{ref.path}'"):
+        model = PeftModel.from_pretrained(base.model, str(folder)).merge_and_unload()
+    names, ids = labels, _identity(labels)
+    if labels is not None and own is not None:
+        names, ids, replace = match_labels(labels, own, f"adapter '{ref.path}'", ref.replace_head)
+        if replace:
+            raise RecipeError(f"the head of the adapter '{ref.path}' cannot be replaced", "export it as `save: merged` first")
+    return Loaded(model, None, names, ids, {"path": str(ref.path), "base_model": base_path})
 
 
 def has_head(auto: Any, config: Any) -> bool:

@@ -5,6 +5,7 @@ Shapes: B rows of a batch, N scored units (examples, tokens), C classes, D width
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from kt_hf.recipe import Model
 
 Batch = dict[str, Any]
+FACTS = "kt_hf.json"
+"""What an adapter's folder records beside peft's own files."""
 
 
 @dataclass(frozen=True)
@@ -157,5 +160,7 @@ class Task:
     def save(self, loaded: Loaded, folder: Path) -> None:
         """Write a model directory that plain `from_pretrained` loads."""
         loaded.model.save_pretrained(folder)  # type: ignore[operator]
+        if hasattr(loaded.model, "peft_config"):  # an adapter's folder has no config.json to hold the labels
+            (folder / FACTS).write_text(json.dumps({"labels": loaded.labels}))
         if loaded.processor is not None:
             loaded.processor.save_pretrained(folder)

@@ -45,10 +45,10 @@ class TextGeneration(Task):
     """A causal language model (`AutoModelForCausalLM`): on texts, on prompts with completions, or on chat messages.
 
     max_length: tokens per example; longer ones are cut on the tokenizer's truncation_side, and counted. loss_on: learn
-    the `answers` (completions, assistant turns with the tokens that end them) or `all` tokens; texts are always learnt in
-    full. add_eos: put the end token after texts and completions (a chat template ends turns by itself). form: which of
-    `text`, `prompt` (with completion) and `messages` to use where the data have several. chat_template: Jinja text, or a
-    file of it, for tokenizers without one, or in place of theirs.
+    the `answers` (completions, assistant turns with the tokens that end them) or `all` tokens; texts are always learnt
+    in full. add_eos: put the end token after texts and completions (a chat template ends turns by itself). form: which
+    of `text`, `prompt` (with completion) and `messages` to use where the data have several. chat_template: Jinja text,
+    or a file of it, for tokenizers without one, or in place of theirs.
     """
 
     roles: ClassVar[tuple[Role, ...]] = (
@@ -89,9 +89,9 @@ class TextGeneration(Task):
     # --- loading ---
 
     def load(self, ref: Any, info: Any) -> Loaded:
-        """Raises `RecipeError` for rows of no form or several, for a tokenizer without what the rows need, for a model with
-        too few embeddings for its tokenizer, and for one that sees later tokens; `IntegrityError` for a checkpoint without
-        a language-model head."""
+        """Raises `RecipeError` for rows of no form or several, for a tokenizer without what the rows need, for a model
+        with too few embeddings for its tokenizer, and for one that sees later tokens; `IntegrityError` for a checkpoint
+        without a language-model head."""
         from transformers import AutoModelForCausalLM
 
         form = self._form(info.roles)
@@ -122,7 +122,7 @@ class TextGeneration(Task):
             tokenizer.chat_template = read_template(self.chat_template)
         if form == "messages" and not tokenizer.chat_template:
             raise RecipeError(
-                f"the data are messages, and the tokenizer {tokenizer.name_or_path or 'trained here'} has no chat template",
+                f"the data are messages, the tokenizer {tokenizer.name_or_path or 'trained here'} has no chat template",
                 "set the task's chat_template (Jinja text or a file), or model.processor to a tokenizer that has one",
             )
         if form != "messages" and self.add_eos and tokenizer.eos_token_id is None:
@@ -155,10 +155,10 @@ class TextGeneration(Task):
     ) -> dict[str, Any]:
         """input_ids, attention_mask and labels, each as long as the row; -100 on what is not learnt."""
         tokenizer, form = loaded.processor, self._form(rows)
-        encoded = {"text": self._texts, "prompt": self._prompts, "messages": self._chats}[form](rows, tokenizer)
+        counts: Counter[str] = Counter()
+        encoded = {"text": self._texts, "prompt": self._prompts, "messages": self._chats}[form](rows, tokenizer, counts)
         limit = min(self.max_length, tokenizer.model_max_length)
         out: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
-        counts: Counter[str] = Counter()
         for ids, answer in encoded:
             learn = answer if self.loss_on == "answers" else [True] * len(ids)
             labels = [token if wanted else IGNORED for token, wanted in zip(ids, learn, strict=True)]
@@ -176,13 +176,13 @@ class TextGeneration(Task):
         self._count(counts, limit)
         return out
 
-    def _texts(self, rows: dict[str, list[Any]], tokenizer: Any) -> Encoded:
+    def _texts(self, rows: dict[str, list[Any]], tokenizer: Any, counts: Counter[str]) -> Encoded:
         start, end = start_tokens(tokenizer), self._end(tokenizer)
         for ids in encode(tokenizer, rows["text"], "text"):
             ids = start + ids + ([] if ids[-1:] == end else end)
             yield ids, [True] * len(ids)
 
-    def _prompts(self, rows: dict[str, list[Any]], tokenizer: Any) -> Encoded:
+    def _prompts(self, rows: dict[str, list[Any]], tokenizer: Any, counts: Counter[str]) -> Encoded:
         """The prompt's tokens are those that it has alone, as in generation, and no token spans the boundary.
 
         Completions take their tokens from the two texts together wherever these begin with the prompt's; else (a merge
@@ -194,14 +194,13 @@ class TextGeneration(Task):
         both = [p + c for p, c in zip(rows["prompt"], rows["completion"], strict=True)]
         for prompt, apart, together in zip(prompts, completions, encode(tokenizer, both, "prompt"), strict=True):
             merged = together[: len(prompt)] != prompt
-            if merged:
-                self._count(Counter(apart=1), 0)
+            counts["apart"] += merged
             completion = apart if merged else together[len(prompt) :]
             completion = completion + ([] if completion[-1:] == end else end)
             first = [*start, *prompt]
             yield first + completion, [False] * len(first) + [True] * len(completion)
 
-    def _chats(self, rows: dict[str, list[Any]], tokenizer: Any) -> Encoded:
+    def _chats(self, rows: dict[str, list[Any]], tokenizer: Any, counts: Counter[str]) -> Encoded:
         marked = tokenizer.is_fast and re.search(r"{%-?\s*generation\s*-?%}", tokenizer.get_chat_template())
         answers = marked_answers if marked else prefix_answers
         for messages in rows["messages"]:
@@ -224,11 +223,11 @@ class TextGeneration(Task):
         for key, text in _NOTES.items():
             if tally[key].bit_length() > before[key].bit_length():
                 logger.warning(
-                    "text-generation: %d examples of %d so far %s", tally[key], tally["examples"], text % limit
+                    "text-generation: %d of %d examples so far %s", tally[key], tally["examples"], text % limit
                 )
 
     def collate(self, rows: Any, loaded: Loaded) -> Batch:
-        """Padded on the right, whichever side the tokenizer pads on; by length: padding may share the end token's id."""
+        """Padded on the right, whichever side the tokenizer pads on; by length: padding may be the end token."""
         fill = {"input_ids": loaded.processor.pad_token_id, "attention_mask": 0, "labels": IGNORED}
         width = max(len(row["input_ids"]) for row in rows)
         batch: Batch = {"index": torch.tensor([int(row["index"]) for row in rows])}
@@ -242,7 +241,8 @@ class TextGeneration(Task):
         """Positions count real tokens, so that padding on either side changes nothing."""
         inputs = ("input_ids", "attention_mask", "inputs_embeds", "position_ids")
         given = {k: batch[k] for k in inputs if k in batch}
-        accepted = accepted_arguments(type(loading.unwrap(model)))
+        inner: Any = type(loading.unwrap(model))
+        accepted = accepted_arguments(inner)
         if "position_ids" in accepted and "position_ids" not in given and "attention_mask" in given:
             given["position_ids"] = (given["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
         if "use_cache" in accepted:
@@ -378,7 +378,7 @@ def check_model(loaded: Loaded, fresh: bool) -> None:
 
 @torch.no_grad()
 def is_causal(model: nn.Module) -> bool:
-    """Whether another last token leaves the earlier logits as they are; asked where the configuration leaves it open."""
+    """Whether another last token leaves the earlier logits as they are; asked where the configuration is silent."""
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
