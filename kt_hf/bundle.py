@@ -6,7 +6,7 @@ Shapes: B rows, N scored units.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,8 +34,8 @@ class Position:
     rank: int
     world: int
     counts: Mapping[str, Mapping[str, Any]]
-    rows: int = 1
-    """Rows of the micro-batch that count; 0 where it only keeps ranks in step."""
+    rows: Mapping[str, Sequence[int]]
+    """stream -> rows of every rank's micro-batch that count; 0 where one only keeps ranks in step."""
 
 
 class _GatherRows(torch.autograd.Function):
@@ -72,6 +72,7 @@ class Step:
         self.task: Task = bundle.task
         self.progress, self.step = position.progress, position.step
         self._outputs: dict[str, Any] = {}
+        self._encoded: dict[str, int] = {}
 
     @property
     def outputs(self) -> Any:
@@ -88,34 +89,36 @@ class Step:
 
     def encode(self, batch: Batch, name: str = "extra") -> Any:
         """Run the model on any batch, in checkpointed chunks where `training.forward_chunk_size` asks for it."""
-        position = self._position
-        randomness.seed_torch("forward", name, position.seed, position.step, position.micro_batch, position.rank)
+        position, nth = self._position, self._encoded.get(name, 0)
+        self._encoded[name] = nth + 1  # the same rows twice see two draws of dropout
+        randomness.seed_all("forward", name, nth, position.seed, position.step, position.micro_batch, position.rank)
         return self._bundle.encode(batch)
 
     def mean(self, values: torch.Tensor, weight: torch.Tensor | None = None, unit: str = "example", stream: str = "train") -> torch.Tensor:
         """Sum of values (times weight), over the global count of that unit in the accumulation window on all ranks."""
         total = (values if weight is None else values * weight).sum()
-        counts = self._position.counts[stream]
+        position = self._position
+        counts = position.counts[stream]
         if unit not in counts:
             raise RecipeError(f"the task does not count '{unit}'", f"it counts {', '.join(counts)}")
-        return self._scaled(total * self._position.world / counts[unit])
+        scaled = total * position.world / counts[unit]
+        return scaled if position.rows[stream][position.rank] else scaled * 0.0
 
     def once(self, scalar: torch.Tensor) -> torch.Tensor:
         """A quantity of the batch as a whole (of all ranks, through `gather`) or of the weights."""
         return scalar / self._position.micro_batches
 
-    def gather(self, x: torch.Tensor) -> torch.Tensor:
+    def gather(self, x: torch.Tensor, stream: str = "train") -> torch.Tensor:
         """Rows of all ranks, in order. Differentiable: the backward sums over ranks, so that `once` of a loss over gathered
-        rows has the gradient of one process with all rows."""
-        if self._position.world == 1:
+        rows has the gradient of one process with all rows. `x` has one row, or equally many, for each row of the stream."""
+        position = self._position
+        if position.world == 1:
             return x
-        own = torch.tensor([min(self._position.rows, x.shape[0])], device=x.device)
-        sizes = [torch.zeros_like(own) for _ in range(self._position.world)]
-        dist.all_gather(sizes, own)
-        return _GatherRows.apply(x, [int(size) for size in sizes])
-
-    def _scaled(self, value: torch.Tensor) -> torch.Tensor:
-        return value if self._position.rows else value * 0.0
+        rows = position.rows[stream]
+        times, rest = divmod(x.shape[0], max(rows[position.rank], 1))
+        if rest:
+            raise RecipeError(f"gather: got {x.shape[0]} rows for {rows[position.rank]} rows of '{stream}'", "gather what has rows of the batch, then select")
+        return _GatherRows.apply(x, [times * size for size in rows])
 
 
 class Bundle(nn.Module):
@@ -128,6 +131,9 @@ class Bundle(nn.Module):
         self.task, self.loaded = task, loaded
         self.label_smoothing, self.chunk, self.bf16 = label_smoothing, chunk, bf16
         self.forward_kwargs = merge_forward_kwargs(strategies)
+        # Plain mappings, which register nothing: those that have the hook, since every call is seeded.
+        self.changers = {n: s for n, s in strategies.items() if type(s).batch is not Strategy.batch}
+        self.objectives = {n: s for n, s in strategies.items() if type(s).loss is not Strategy.loss}
         self._evaluated: list[nn.Module] = []  # a list, so that it is no submodule
 
     def stack(self) -> dict[str, Strategy]:
@@ -159,8 +165,8 @@ class Bundle(nn.Module):
         is the gradient of the whole window."""
         where = (position.seed, position.step, position.micro_batch, position.rank)
         stack = self.stack()
-        for name, strategy in stack.items():
-            randomness.seed_torch("batch", name, *where)
+        for name, strategy in self.changers.items():
+            randomness.seed_all("batch", name, *where)
             batch = strategy.batch(batch, self.model, position.progress)
         step = Step(self, batch, streams, position)
         weight = 1.0
@@ -174,8 +180,8 @@ class Bundle(nn.Module):
             raise RecipeError("nothing to train on: the task's loss has weight 0 and no strategy adds an objective", "add one, or raise the task's weight")
         else:
             step.outputs  # noqa: B018  the task's forward goes first, whatever the weights
-        for name, strategy in stack.items():
-            randomness.seed_torch("loss", name, *where)
+        for name, strategy in self.objectives.items():
+            randomness.seed_all("loss", name, *where)
             for key, value in strategy.loss(step).items():
                 terms[f"{name}/{key}"] = value
         return terms

@@ -125,32 +125,39 @@ def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], facts: dict[
 
 def steps(folder: Path) -> list[Path]:
     """Checkpoints, oldest first."""
-    return sorted(p for p in folder.glob("step-*") if p.is_dir()) if folder.is_dir() else []
+    found = [p for p in folder.glob("step-*") if p.is_dir() and p.name[5:].isdigit()] if folder.is_dir() else []
+    return sorted(found, key=lambda p: int(p.name[5:]))
 
 
 def rotate(folder: Path, keep: int, protect: set[str]) -> None:
     for old in steps(folder)[:-keep]:
         if old.name not in protect:
-            shutil.rmtree(old, ignore_errors=True)
+            # renamed first: a crash in mid-removal leaves no folder that looks like a checkpoint
+            gone = folder / f".{old.name}.removed"
+            shutil.rmtree(gone, ignore_errors=True)
+            os.rename(old, gone)
+            shutil.rmtree(gone, ignore_errors=True)
 
 
 def verify(folder: Path) -> dict[str, Any]:
     """The manifest of a folder, every file of which has the recorded hash. Raises `IntegrityError` naming the file."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        files = manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        expected = {str(name): str(facts["sha256"]) for name, facts in manifest["files"].items()}
+        if not {"state.safetensors", "trainer.json"} <= set(expected):
+            raise KeyError("files")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise IntegrityError(f"{folder} has no readable manifest", "it was not written to its end; remove it") from error
-    for name, expected in files.items():
+    for name, sha256 in expected.items():
         path = folder / name
-        if os.path.isabs(name) or ".." in Path(name).parts:
+        if Path(name).name != name:
             raise IntegrityError(f"{folder}: the manifest names '{name}'", "manifests name files of their own folder")
         if not path.is_file():
             raise IntegrityError(f"{path} is missing", "remove the folder; the run continues from what is intact")
         with open(path, "rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != expected["sha256"]:
-            raise IntegrityError(f"{path}: sha256 is {found[:12]}..., the manifest says {expected['sha256'][:12]}...", "remove the folder; the run continues from what is intact")
+        if found != sha256:
+            raise IntegrityError(f"{path}: sha256 is {found[:12]}..., the manifest says {sha256[:12]}...", "remove the folder; the run continues from what is intact")
     return manifest
 
 

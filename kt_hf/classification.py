@@ -39,12 +39,12 @@ class Classification:
         """Cross-entropy per example, in float32. `labels` may be classes_B or, after mixing, probabilities_BC."""
         labels = batch["labels"]
         values = F.cross_entropy(outputs.logits.float(), labels, reduction="none", label_smoothing=label_smoothing)
-        return values, None if labels.dim() == 2 else (labels != -100).float(), "example"
+        return values, None if labels.dim() == 2 else (labels != -100).float(), "label"
 
     def units(self, batch: Batch) -> dict[str, int | torch.Tensor]:
-        labels = batch.get("labels")
-        count = len(batch["index"]) if labels is None or labels.dim() == 2 else (labels != -100).sum()
-        return {"example": count}
+        """Rows, and those of them that have a label: the loss is a mean over these, scores exist for all."""
+        labels, rows = batch.get("labels"), len(batch["index"])
+        return {"example": rows, "label": rows if labels is None or labels.dim() == 2 else (labels != -100).sum()}
 
     def scores(self, outputs: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         logits_BC = outputs.logits.float()

@@ -98,8 +98,11 @@ class Collector:
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:
-    """A remedy that names the nearest valid word and lists the others."""
+    """A remedy that names the nearest valid word and lists the others (the nearest of them where there are many)."""
     words = sorted(str(v) for v in valid)
     close = difflib.get_close_matches(str(word), words, n=1, cutoff=0.5)
     hint = f"did you mean '{close[0]}'? " if close else ""
-    return f"{hint}valid: {', '.join(words) if words else '(none)'}"
+    shown = words
+    if len(words) > 60:
+        shown = difflib.get_close_matches(str(word), words, n=12, cutoff=0.0) + [f"... ({len(words)} in all)"]
+    return f"{hint}valid: {', '.join(shown) if shown else '(none)'}"

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from kt_hf import randomness
 from kt_hf.data import DataInfo
 from kt_hf.loader import Rows, evaluation_batches, load_batches
 from kt_hf.task import Loaded, Scores, Task
@@ -33,6 +34,7 @@ def predict(bundle: Any, inner: Any, accelerator: Any, info: DataInfo, split: st
     found: list[dict[str, torch.Tensor]] = []
     try:
         with torch.no_grad():
+            randomness.seed_all("predict", split)  # a task may sample
             context = bundle("context", {}, context=info)
             for items, batch in zip(batches, load_batches(rows, batches, workers, False), strict=True):
                 out = bundle(mode, to_device(batch, accelerator.device), context=context)

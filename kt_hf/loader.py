@@ -5,10 +5,11 @@ The sequence of global batches is the same for any number of processes; ranks an
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from kt_hf import randomness
 from kt_hf.data import DataInfo
-from kt_hf.errors import RecipeError, ResourceError, nearest
+from kt_hf.errors import DataError, RecipeError, ResourceError, nearest
 from kt_hf.task import Batch, Loaded, Task
 
 _MEMORY_LIMIT = 256 * 2**20
@@ -38,24 +39,43 @@ class Plan:
     custom: Callable[..., Any] | None = None
     data: Any = None
 
-    @property
+    @functools.cached_property
     def steps_per_epoch(self) -> int:
         if self.custom is not None:
-            return len(self.epoch(0))
+            return len(self._custom(0))
         full, rest = divmod(self.num_rows, self.global_batch)
-        return max(full + (1 if rest and not self.drop_last else 0), 0)
+        return full + (1 if rest and not self.drop_last else 0)
 
     def epoch(self, epoch: int) -> list[np.ndarray]:
         """The epoch's global batches as row positions."""
         if self.custom is not None:
-            return [np.asarray(rows) for rows in self.custom(self.data, self.global_batch, self.seed, epoch)]
+            batches = self._custom(epoch)
+            if len(batches) != self.steps_per_epoch:
+                raise RecipeError(
+                    f"`batches` gave {self.steps_per_epoch} batches in epoch 0 and {len(batches)} in epoch {epoch}",
+                    "give every epoch as many, so that a step's place follows from its number",
+                )
+            return batches
         order = np.random.default_rng([self.seed, epoch]).permutation(self.num_rows)
-        count = self.steps_per_epoch
-        return [order[i * self.global_batch : (i + 1) * self.global_batch] for i in range(count)]
+        return [order[i * self.global_batch : (i + 1) * self.global_batch] for i in range(self.steps_per_epoch)]
+
+    def _custom(self, epoch: int) -> list[np.ndarray]:
+        assert self.custom is not None
+        found = [np.asarray(rows, dtype=np.int64) for rows in self.custom(self.data, self.global_batch, self.seed, epoch)]
+        if not found:
+            raise RecipeError(f"`batches` gave no batch in epoch {epoch}", "give at least one; a batch may be empty")
+        return found
+
+
+def share(count: int, world: int, micro_batches: int) -> list[tuple[int, ...]]:
+    """How many of a global batch's rows each rank has in each micro-batch: sizes that differ by at most one."""
+    size, rest = divmod(count, world * micro_batches)
+    sizes = [size + 1] * rest + [size] * (world * micro_batches - rest)
+    return [tuple(sizes[rank * micro_batches + i] for rank in range(world)) for i in range(micro_batches)]
 
 
 def slices(rows: np.ndarray, world: int, rank: int, micro_batches: int) -> list[np.ndarray]:
-    """A rank's micro-batches of one global batch: contiguous, sizes differing by at most one, possibly empty."""
+    """A rank's micro-batches of one global batch: contiguous, as large as `share` says, possibly empty."""
     parts = np.array_split(rows, world * micro_batches)
     return parts[rank * micro_batches : (rank + 1) * micro_batches]
 
@@ -67,25 +87,29 @@ class Windows:
     """
 
     def __init__(self, plan: Plan, start: int, stop: int, world: int, rank: int, micro_batches: int):
+        if plan.steps_per_epoch == 0:
+            raise DataError(f"{plan.num_rows} training rows do not fill a batch of {plan.global_batch}", "lower the batch size, or dataloader_drop_last=false")
         self.plan, self.start, self.stop = plan, start, stop
         self.world, self.rank, self.micro_batches = world, rank, micro_batches
 
-    def steps(self) -> Iterator[tuple[int, list[np.ndarray]]]:
-        per_epoch = self.plan.steps_per_epoch
-        epoch, batches = -1, []
+    def batches(self) -> Iterator[tuple[int, np.ndarray]]:
+        """(epoch, row positions of the global batch) of every step."""
+        epoch, found = -1, []
         for step in range(self.start, self.stop):
-            if step // per_epoch != epoch:
-                epoch, batches = step // per_epoch, self.plan.epoch(step // per_epoch)
-            yield epoch, slices(batches[step % per_epoch], self.world, self.rank, self.micro_batches)
+            if step // self.plan.steps_per_epoch != epoch:
+                epoch = step // self.plan.steps_per_epoch
+                found = self.plan.epoch(epoch)
+            yield epoch, found[step % self.plan.steps_per_epoch]
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for epoch, parts in self.steps():
-            for part in parts:
+        for epoch, rows in self.batches():
+            for part in slices(rows, self.world, self.rank, self.micro_batches):
                 yield [(epoch, int(i)) for i in (part if len(part) else [0])]
 
-    def sizes(self) -> Iterator[list[int]]:
-        for _, parts in self.steps():
-            yield [len(part) for part in parts]
+    def sizes(self) -> Iterator[list[tuple[int, ...]]]:
+        """For every step and micro-batch, the rows of each rank that count."""
+        for _, rows in self.batches():
+            yield share(len(rows), self.world, self.micro_batches)
 
     def rows(self, step: int) -> np.ndarray:
         """All positions of a step's global batch, for messages."""
@@ -209,7 +233,7 @@ class Collate:
         return self.task.collate(rows, self.loaded)
 
 
-def load_batches(rows: Rows, batches: Any, num_workers: int, pin: bool) -> Iterator[Batch]:
+def load_batches(rows: Rows, batches: Any, num_workers: int, pin: bool) -> Generator[Batch, None, None]:
     """Batches in the order of `batches`. A worker that dies is a `ResourceError`."""
     if num_workers:
         rows.loaded = Loaded(None, rows.loaded.processor, rows.loaded.labels, rows.loaded.label_ids)  # type: ignore[arg-type]

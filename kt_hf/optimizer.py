@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,11 +20,12 @@ def schedule(training: Training, planned_steps: int) -> Callable[[int], float]:
     """Factor on the learning rate at a step, by transformers' name. Pure: no state, nothing to save."""
     from transformers import SchedulerType, get_scheduler
 
-    warmup = training.warmup_steps or round(training.warmup_ratio * planned_steps)
+    warmup = training.warmup_steps or math.ceil(training.warmup_ratio * planned_steps)
     known = [s.value for s in SchedulerType if s.value not in ("reduce_lr_on_plateau", "greedy")]
     if training.lr_scheduler_type not in known:
         raise RecipeError(f"training.lr_scheduler_type: got '{training.lr_scheduler_type}'", nearest(training.lr_scheduler_type, known))
-    carrier = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    # Some schedules end in an absolute rate: the carrier must have the run's.
+    carrier = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=base_rate(training))
     try:
         made = get_scheduler(
             training.lr_scheduler_type, carrier, warmup, max(planned_steps, 1), scheduler_specific_kwargs=training.lr_scheduler_kwargs
@@ -31,6 +33,12 @@ def schedule(training: Training, planned_steps: int) -> Callable[[int], float]:
     except (TypeError, ValueError) as error:
         raise RecipeError(f"training.lr_scheduler_kwargs: {error}", "see transformers.get_scheduler") from error
     return made.lr_lambdas[0]
+
+
+def base_rate(training: Training) -> float:
+    """The learning rate before schedule and scales; the first of several that are to be tried."""
+    rate = training.learning_rate
+    return rate[0] if isinstance(rate, list) else rate
 
 
 def named_trainable(bundle: nn.Module) -> dict[str, nn.Parameter]:
@@ -51,7 +59,7 @@ def groups(bundle: nn.Module, strategies: dict[str, Strategy], weight_decay: flo
             else:
                 factor *= scale
         decay = weight_decay if parameter.dim() > 1 else 0.0
-        key = (factor, tuple(id(f) for f in functions), decay)
+        key = (factor, tuple(functions), decay)
         group = found.setdefault(key, {"params": [], "names": [], "weight_decay": decay, "factor": factor, "functions": functions})
         group["params"].append(parameter)
         group["names"].append(name)
@@ -96,16 +104,17 @@ def restore_state(optimizer: torch.optim.Optimizer, names: dict[int, str], tenso
     for name, tensor in tensors.items():
         parameter, _, key = name.rpartition("/")
         by_parameter.setdefault(parameter, {})[key] = tensor
-    numbers = isinstance(optimizer, torch.optim.Optimizer) and type(optimizer).__name__ == "Adafactor"
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            saved = by_parameter.get(names[id(parameter)])
-            if saved is None:
-                continue
-            state = optimizer.state[parameter]
+            saved = by_parameter.get(names[id(parameter)], {})
             for key, tensor in saved.items():
-                if numbers and tensor.dim() == 0 and key in ("step", "RMS"):
-                    state[key] = tensor.item() if key == "step" else tensor.to(parameter.device)
-                else:
-                    # fused AdamW keeps its step counter beside the parameter; both kinds accept a tensor there
-                    state[key] = tensor.to(parameter.device) if tensor.dim() or group.get("fused") else tensor
+                optimizer.state[parameter][key] = _restored(optimizer, group, key, tensor, parameter.device)
+
+
+def _restored(optimizer: torch.optim.Optimizer, group: dict[str, Any], key: str, tensor: torch.Tensor, device: torch.device) -> Any:
+    """A saved entry as the optimizer keeps it: counters are numbers (Adafactor) or live on the CPU (unless fused)."""
+    if key == "step":
+        if type(optimizer).__name__ == "Adafactor":
+            return tensor.item()
+        return tensor.to(device) if group.get("fused") or group.get("capturable") else tensor
+    return tensor.to(device)

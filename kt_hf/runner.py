@@ -17,7 +17,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from kt_hf import data as data_module
 from kt_hf import folder as folders
 from kt_hf import recipe as grammar
-from kt_hf import registry, stages, trainer
+from kt_hf import registry, skeleton, stages, trainer
 from kt_hf.errors import Collector, RecipeError
 from kt_hf.recipe import Data, Ensemble, Evaluate, Merge, Model, Recipe, Stage, Train
 
@@ -32,6 +32,7 @@ class Context:
     root: Path
     recipe: Recipe
     settings: dict[tuple[str, str], dict[str, Any]]
+    setups: dict[str, Any] = field(default_factory=dict)
     infos: dict[tuple[str, str], data_module.DataInfo] = field(default_factory=dict)
     tasks: dict[str, Any] = field(default_factory=dict)
     until: float = 1.0
@@ -230,6 +231,7 @@ def plan(context: Context, collect: Collector) -> None:
                 trainer.check_stack(stages.build_stack(stage, context.settings), stage.training, context.task(stage), f"stages.{stage.name}")
                 if isinstance(stage.training.learning_rate, list) and "validation" not in info.splits:
                     raise RecipeError(f"stages.{stage.name}: choosing a learning rate needs validation data", "give one learning rate")
+                context.setups[stage.name] = skeleton.plan_setup(context, stage)
             if isinstance(stage, Evaluate) and stage.model is not None and stage.model.path is None:
                 raise RecipeError(f"stages.{stage.name}: a fresh model has learned nothing", "give model=DIR_OR_HUB_ID or @stage")
     if not collect.mistakes:
@@ -281,8 +283,10 @@ def describe(context: Context) -> str:
         head = f"  {stage.verb} {stage.name}{seeds}: {type(context.task(stage)).__name__} on {info.name} ({sizes})"
         if isinstance(stage, Train):
             steps = trainer.planned_steps(stage.training, len(info.splits["train"]), context.accelerator.num_processes)
-            stack = stages.build_stack(stage, context.settings)
             head += f", {steps} steps of {trainer.global_batch(stage.training, context.accelerator.num_processes)}"
+            setup = context.setups.get(stage.name)
+            stack = setup[0] if setup else stages.build_stack(stage, context.settings)
+            head += f", trains {setup[1]:,} of {setup[2]:,} parameters" if setup else ""
             head += "".join(f"\n    {name}: {strategy.describe()}" for name, strategy in stack.items())
             if isinstance(stage.training.learning_rate, list):
                 head += f"\n    learning rate: the best of {stage.training.learning_rate} on validation data"

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
+import types
 import typing
 from typing import Annotated, Any
 
@@ -27,6 +29,7 @@ ModelRef = Annotated[str | dict[str, Any], _Reference("model")]
 DataRef = Annotated[str | dict[str, Any], _Reference("data")]
 """The name of one of the recipe's data sets, or a path."""
 
+_CHOICE = re.compile(r"'([^']*)'")
 _CONFIG = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=(), validate_default=False)
 
 
@@ -43,12 +46,12 @@ def parameters(cls: type) -> dict[str, tuple[Any, inspect.Parameter]]:
 
 
 @functools.cache
-def schema(cls: type) -> type[pydantic.BaseModel]:
-    """The pydantic model of a constructor's signature."""
-    fields: dict[str, Any] = {
-        name: (annotation, ... if parameter.default is parameter.empty else parameter.default)
-        for name, (annotation, parameter) in parameters(cls).items()
-    }
+def schema(cls: type, partial: bool = False) -> type[pydantic.BaseModel]:
+    """The pydantic model of a constructor's signature. `partial`: nothing is required."""
+    fields: dict[str, Any] = {}
+    for name, (annotation, parameter) in parameters(cls).items():
+        required = parameter.default is parameter.empty
+        fields[name] = (annotation, (None if partial else ...) if required else parameter.default)
     prefixed = {name: f"setting_{name}" for name in fields if hasattr(pydantic.BaseModel, name)}
     for name, inner in prefixed.items():  # a setting called `copy` or `schema` must not collide with pydantic's methods
         annotation, default = fields.pop(name)
@@ -59,20 +62,20 @@ def schema(cls: type) -> type[pydantic.BaseModel]:
 def validate(cls: type, given: Any, where: str, collect: Collector, positional: str = "") -> dict[str, Any]:
     """Check `given` against the signature of `cls`; mistakes go to `collect`, named by the dotted path `where`.
 
-    Returns the settings with defaults filled in and strings converted (an empty mapping where there were mistakes).
-    A bare value stands for the setting named `positional`.
+    Returns the settings with defaults filled in and strings converted; a setting with a mistake has its default (None where
+    there is none). A bare value stands for the setting named `positional`.
     """
     if given is None:
         given = {}
     if not isinstance(given, dict):
         if not positional:
-            collect.add(f"{where}: got {given!r}, expected a mapping of settings", nearest("", parameters(cls)))
-            return {}
-        given = {positional: given}
-    bad_keys = [key for key in given if not isinstance(key, str)]
-    if bad_keys:
-        collect.add(f"{where}: setting names are strings, got {bad_keys[0]!r}", nearest("", parameters(cls)))
-        return {}
+            collect.add(f"{where}: got {shorten(given)}, expected a mapping of settings", nearest("", parameters(cls)))
+            given = {}
+        else:
+            given = {positional: given}
+    for key in [key for key in given if not isinstance(key, str)]:
+        collect.add(f"{where}: setting names are strings, got {shorten(key)}", nearest("", parameters(cls)))
+    given = {key: _adapted(cls, key, value) for key, value in given.items() if isinstance(key, str)}
     try:
         model = schema(cls).model_validate(given)
     except pydantic.ValidationError as error:
@@ -82,8 +85,46 @@ def validate(cls: type, given: Any, where: str, collect: Collector, positional: 
             places.setdefault(str(item["loc"][0]) if item["loc"] else "", []).append(item)
         for items in places.values():
             _explain(cls, items, where, collect)
-        return {}
+        model = schema(cls, partial=True).model_validate({k: v for k, v in given.items() if k not in places})
     return dict(model.model_dump(by_alias=True))
+
+
+class _NotABoolean:
+    """Stands for a boolean where a number is expected, which pydantic would take for 0 or 1."""
+
+    def __init__(self, value: bool):
+        self.value = value
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+
+def _adapted(cls: type, key: str, value: Any) -> Any:
+    """A number where text is expected becomes text (a revision of digits); a boolean does not become a number."""
+    if key not in parameters(cls) or not isinstance(value, (bool, int)):
+        return value
+    members = set(_members(parameters(cls)[key][0]))
+    if isinstance(value, bool):
+        return _NotABoolean(value) if members & {int, float} and not members & {bool, Any, object} else value
+    return str(value) if str in members and not members & {int, float, bool, Any, object} else value
+
+
+def _members(annotation: Any) -> list[Any]:
+    """The types of a union, limits taken off."""
+    if typing.get_origin(annotation) is Annotated:
+        return _members(typing.get_args(annotation)[0])
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return [member for part in typing.get_args(annotation) for member in _members(part)]
+    return [annotation]
+
+
+def shorten(value: Any, limit: int = 120) -> str:
+    """What was received, for a message; never a page of it."""
+    try:
+        text = repr(value)
+    except Exception as error:  # integers beyond Python's limit of digits, deep nesting
+        text = f"a {type(value).__name__} that cannot be shown ({type(error).__name__})"
+    return text if len(text) <= limit else f"{text[:limit]}..."
 
 
 def _explain(cls: type, items: list[Any], where: str, collect: Collector) -> None:
@@ -94,9 +135,15 @@ def _explain(cls: type, items: list[Any], where: str, collect: Collector) -> Non
     elif item["type"] == "missing":
         collect.add(f"{path}: missing", describe_type(parameters(cls)[str(item["loc"][0])][0]))
     else:
-        expected = " or ".join(dict.fromkeys(_plain(i["msg"]) for i in items))
-        received = item["input"] if len(item["loc"]) == 1 else f"{item['input']!r} within {item['loc'][0]}"
-        collect.add(f"{path}: got {received!r}", expected)
+        received = shorten(item["input"]) + (f" within {item['loc'][0]}" if len(item["loc"]) > 1 else "")
+        collect.add(f"{path}: got {received}", _expected(items))
+
+
+def _expected(items: list[Any]) -> str:
+    choices = [c for i in items if i["type"] == "literal_error" for c in _CHOICE.findall(i["ctx"]["expected"])]
+    if choices and all(i["type"] in ("literal_error", "list_type", "dict_type", "int_type") for i in items):
+        return nearest(str(items[0]["input"]), dict.fromkeys(choices))
+    return " or ".join(dict.fromkeys(_plain(i["msg"]) for i in items))
 
 
 def _plain(message: str) -> str:

@@ -10,22 +10,25 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import nn
 from tqdm.auto import tqdm
 
 from kt_hf import checkpoint, evaluation, optimizer, randomness
 from kt_hf.bundle import Bundle, Position
 from kt_hf.errors import DataError, NonFiniteError, RecipeError
-from kt_hf.loader import Plan, Rows, Windows, load_batches, transforms
+from kt_hf.feed import Feed, Sizes, global_batch
+from kt_hf.loader import Plan, transforms as transforms  # the plan checks transforms before data are read
 from kt_hf.recipe import Data, Training
 from kt_hf.facts import Run
 from kt_hf.strategy import Strategy
-from kt_hf.task import Loaded
+from kt_hf.task import Batch, Loaded
 
 logger = logging.getLogger(__name__)
 
@@ -58,17 +61,30 @@ class Trainer:
         self.stop_at = max(1, round(run.planned_steps * until)) if until < 1 else run.planned_steps
         self.log_terms: dict[str, torch.Tensor] = {}
         self.log_since = 0
+        self.saved = 0
 
     # --- the whole, top to bottom ---
 
     def run(self) -> Result:
+        check_accelerator(self.accelerator, self.training)
+        self.check_selection()
         self.prepare_model()
-        self.wrap()
-        start = self.resume()
-        self.started = time.perf_counter()
-        self.loop(start)
-        self.seconds += time.perf_counter() - self.started
-        return self.finish()
+        self.feed = Feed(self.run_facts, self.training, self.data, self.strategies, self.stream_info, self.stop_at)
+        try:
+            self.wrap()
+            start = self.resume()
+            self.started = time.perf_counter()
+            self.loop(start)
+            self.seconds += time.perf_counter() - self.started
+            return self.finish()
+        finally:
+            self.accelerator.free_memory()  # it keeps every model that it ever prepared
+
+    def check_selection(self) -> None:
+        """Choosing the best model needs something to choose on."""
+        for setting in ("load_best_model_at_end", "early_stopping_patience"):
+            if getattr(self.training, setting) and "validation" not in self.info.splits:
+                raise RecipeError(f"training.{setting}: the data have no validation split", "hold some rows out: data.validation_size=0.1")
 
     def prepare_model(self) -> None:
         """`setup`, then `ready`, each with generators seeded from what it is."""
@@ -77,170 +93,174 @@ class Trainer:
             randomness.seed_all("setup", name, run.seed)
             model = strategy.setup(model, run)
         if t.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+            checkpoint_gradients(model)
         model.to(run.device)
         self.loaded.model = model
         for name, strategy in self.strategies.items():
             randomness.seed_all("ready", name, run.seed)
             strategy.ready(model, run)
         self.bundle = Bundle(self.loaded, self.task, self.strategies, t.label_smoothing_factor, t.forward_chunk_size, t.bf16).to(run.device)
-        trainable = optimizer.named_trainable(self.bundle)
-        if not trainable:
+        self.trainable = list(optimizer.named_trainable(self.bundle).values())
+        if not self.trainable:
             raise RecipeError("nothing is trainable: every parameter is frozen", "freeze less, or use an evaluate stage")
-        self.trainable = list(trainable.values())
         self.names = {id(p): name for name, p in self.bundle.named_parameters()}
-
-    def wrap(self) -> None:
-        t = self.training
-        groups = optimizer.groups(self.bundle, self.strategies, t.weight_decay)
-        raw = optimizer.build(t, groups, self.base_rate())
-        self.factor_at = optimizer.schedule(t, self.run_facts.planned_steps)
-        self.bundle.train()
-        self.wrapped = self.accelerator.prepare_model(self.bundle)
-        self.optimizer = raw
+        self.base_rate = optimizer.base_rate(t)
+        self.factor_at = optimizer.schedule(t, run.planned_steps)
+        self.optimizer = optimizer.build(t, optimizer.groups(self.bundle, self.strategies, t.weight_decay), self.base_rate)
         self.backward_hook = next((s.backward for s in self.strategies.values() if s.backward is not None), None)
 
-    def base_rate(self) -> float:
-        rate = self.training.learning_rate
-        return rate[0] if isinstance(rate, list) else rate
+    def wrap(self) -> None:
+        """Give the bundle to accelerate; DDP has to know beforehand whether some weights may get no gradient."""
+        self.bundle.train()
+        if self.run_facts.world > 1:
+            handler = self.accelerator.ddp_handler or DistributedDataParallelKwargs(broadcast_buffers=False)
+            handler.find_unused_parameters = self.misses_parameters()
+            self.accelerator.ddp_handler = handler
+        self.wrapped = self.accelerator.prepare_model(self.bundle)
+
+    def misses_parameters(self) -> bool:
+        """Whether the first loss does not reach some trainable parameter, on any rank."""
+        batches, sizes = self.feed.first(0)
+        batches = {name: evaluation.to_device(batch, self.run_facts.device) for name, batch in batches.items()}
+        position = self.position(0, 0, 1, self.count([batches], [sizes]), sizes)
+        buffers = [(b, b.clone()) for b in self.bundle.buffers()]
+        terms = self.bundle("loss", batches["train"], _extra(batches), position)
+        for buffer, before in buffers:
+            buffer.data.copy_(before)
+        reached = _reached(list(terms.values()))
+        missing = torch.tensor(any(id(p) not in reached for p in self.trainable), dtype=torch.int32, device=self.run_facts.device)
+        torch.distributed.all_reduce(missing, torch.distributed.ReduceOp.MAX)
+        return bool(missing)
 
     # --- the loop ---
 
     def loop(self, start: int) -> None:
         t, run = self.training, self.run_facts
-        windows = Windows(self.batch_plan(), start, self.stop_at, run.world, run.rank, t.gradient_accumulation_steps)
-        rows = Rows(self.info, "train", self.task, self.loaded, transforms(self.data.augment), t.seed, train=True)
-        batches = load_batches(rows, windows, t.dataloader_num_workers, run.device.type == "cuda")
-        streams = self.stream_batches(start)
         eval_every, save_every = self.cadence(t.eval_steps, True), self.cadence(t.save_steps, False)
         self.bad = torch.full((), -1, dtype=torch.int64, device=run.device)
         quiet = not (self.accelerator.is_main_process and sys.stderr.isatty())
-        bar = tqdm(total=self.stop_at, initial=start, desc=run.folder.name, disable=quiet, leave=False, dynamic_ncols=True)
-        for step, sizes in zip(range(start, self.stop_at), windows.sizes(), strict=True):
-            window = [evaluation.to_device(next(batches), run.device) for _ in sizes]
-            extra = [{k: evaluation.to_device(next(it), run.device) for k, it in streams.items()} for _ in sizes]
-            self.step(step, window, extra, sizes)
-            bar.update()
-            done = step + 1
-            last = done == self.stop_at
-            if done % t.logging_steps == 0 or last:
-                self.log(done, windows, bar)
-            if eval_every and (done % eval_every == 0 or last):
-                self.check_finite(windows)
-                self.evaluate(done)
-                if self.exhausted():
-                    self.log(done, windows, bar)
-                    self.stop_at = done
-                    break
-            if save_every and done % save_every == 0 and not last:
-                self.check_finite(windows)
-                self.save(done)
-        bar.close()
-        batches.close()  # type: ignore[attr-defined]
+        steps = self.feed.steps(start)
+        with tqdm(total=self.stop_at, initial=start, desc=run.folder.name, disable=quiet, leave=False, dynamic_ncols=True) as bar, closing(steps):
+            for step, (window, sizes) in enumerate(steps, start):
+                window = [{name: evaluation.to_device(batch, run.device) for name, batch in micro.items()} for micro in window]
+                self.step(step, window, sizes)
+                bar.update()
+                done = step + 1
+                last = done == self.stop_at
+                if done % t.logging_steps == 0 or last:
+                    self.log(done, bar)
+                if eval_every and (done % eval_every == 0 or last):
+                    self.check_finite()
+                    self.evaluate(done)
+                    if self.exhausted():
+                        self.log(done, bar)
+                        self.stop_at = done
+                        return
+                if save_every and done % save_every == 0 and not last:
+                    self.save(done)
 
-    def step(self, step: int, window: list[dict[str, Any]], extra: list[dict[str, Any]], sizes: list[int]) -> None:
+    def step(self, step: int, window: list[dict[str, Batch]], sizes: list[Sizes]) -> None:
         """One optimizer step over its window of micro-batches."""
-        progress = step / max(self.run_facts.planned_steps, 1)
-        counts = self.count(window, extra, sizes)
-        positions = [self.position(step, progress, i, len(window), counts, size) for i, size in enumerate(sizes)]
+        counts = self.count(window, sizes)
+        positions = [self.position(step, i, len(window), counts, size) for i, size in enumerate(sizes)]
 
         def compute(i: int) -> torch.Tensor:
-            terms = self.wrapped("loss", window[i], extra[i], positions[i])
-            total = torch.stack([v for v in terms.values() if v.requires_grad]).sum()
-            for name, value in {**terms, "loss": total}.items():
-                value = value.detach()
-                self.log_terms[name] = self.log_terms[name] + value if name in self.log_terms else value
-            return total
+            terms = self.wrapped("loss", window[i]["train"], _extra(window[i]), positions[i])
+            return self.total(terms)
 
-        if self.backward_hook is not None:
-            self.backward_hook(compute, len(window), self.run_facts)
-        else:
-            for i in range(len(window)):
-                with self.accelerator.no_sync(self.wrapped) if i + 1 < len(window) else _nothing():
-                    self.accelerator.backward(compute(i))
-        self.update(step, progress)
+        try:
+            if self.backward_hook is not None:
+                self.backward_hook(compute, len(window), self.run_facts)
+            else:
+                for i in range(len(window)):
+                    with self.accelerator.no_sync(self.wrapped) if i + 1 < len(window) else nullcontext():
+                        self.accelerator.backward(compute(i))
+        except RuntimeError as error:
+            if "finished reduction" in str(error):
+                raise RecipeError("the loss stopped reaching some trained weights in mid-run, which DDP cannot follow", "let the term fade with a factor instead") from error
+            raise
+        self.update(step, positions[0].progress)
+
+    def total(self, terms: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The sum of the terms that have a gradient; all are added up for the log."""
+        trained = [value.float() for value in terms.values() if value.requires_grad]
+        if not trained:
+            raise RecipeError(f"no term of the loss depends on a trained weight (terms: {', '.join(terms) or 'none'})", "freeze less, or add an objective")
+        total = torch.stack(trained).sum() if len(trained) > 1 else trained[0]
+        for name, value in {**terms, "loss": total}.items():
+            value = value.detach().float()
+            self.log_terms[name] = self.log_terms[name] + value if name in self.log_terms else value
+        return total
 
     def update(self, step: int, progress: float) -> None:
         t = self.training
-        norm = torch.nn.utils.clip_grad_norm_(self.trainable, t.max_grad_norm or math.inf, foreach=True)
-        self.bad = torch.where((self.bad < 0) & ~torch.isfinite(norm), torch.full_like(self.bad, step), self.bad)
-        self.rate = self.base_rate() * self.factor_at(step)
+        self.rate = self.base_rate * self.factor_at(step)
         for group in self.optimizer.param_groups:
             scale = optimizer.scale_at(group, progress)
             group["lr"] = self.rate * scale
-            if scale == 0:
+            if scale == 0:  # as if frozen: no decay, no moments, no part in the norm
                 for parameter in group["params"]:
                     parameter.grad = None
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.trainable if p.grad is not None], foreach=True).to(self.bad.device)
+        self.guard(step, norm)
+        if t.max_grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(self.trainable, t.max_grad_norm, norm, foreach=True)
         self.optimizer.step()
         for strategy in self.strategies.values():
             strategy.after_step(self.bundle.model, progress)
         self.optimizer.zero_grad(set_to_none=True)
 
-    def count(self, window: list[dict[str, Any]], extra: list[dict[str, Any]], sizes: list[int]) -> dict[str, dict[str, Any]]:
+    def guard(self, step: int, norm: torch.Tensor) -> None:
+        """Note the first step whose loss or gradient is not finite, without waiting for the device.
+
+        From that step on no update is made: by the fused optimizer on the device, and at once on a CPU, where looking is free.
+        """
+        finite = torch.isfinite(norm) & torch.isfinite(self.log_terms["loss"])
+        self.bad = torch.where((self.bad < 0) & ~finite, torch.full_like(self.bad, step), self.bad)
+        if self.bad.device.type == "cpu":
+            if not torch.isfinite(norm):  # the same on all ranks
+                self.check_finite()
+        elif self.training.optim == "adamw_torch_fused":
+            self.optimizer.found_inf = (self.bad >= 0).float()  # type: ignore[attr-defined]
+
+    def count(self, window: list[dict[str, Batch]], sizes: list[Sizes]) -> dict[str, dict[str, Any]]:
         """Units in the window over all ranks, by stream. At least 1, so that an empty window has a loss of 0."""
         local: dict[tuple[str, str], Any] = {}
-        for micro, more, size in zip(window, extra, sizes, strict=True):
-            for stream, batch in {"train": micro, **more}.items():
+        for batches, size in zip(window, sizes, strict=True):
+            for stream, batch in batches.items():
+                counts = size[stream][self.run_facts.rank] > 0
                 for unit, n in self.task.units(batch).items():
-                    local[stream, unit] = local.get((stream, unit), 0) + (n if size else n * 0)
+                    local[stream, unit] = local.get((stream, unit), 0) + (n if counts else n * 0)
         values = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.run_facts.device) for v in local.values()])
         if self.run_facts.world > 1:
             torch.distributed.all_reduce(values)
-        counts: dict[str, dict[str, Any]] = {}
+        found: dict[str, dict[str, Any]] = {}
         for (stream, unit), value in zip(local, values.clamp(min=1), strict=True):
-            counts.setdefault(stream, {})[unit] = value
-        return counts
-
-    def position(self, step: int, progress: float, i: int, n: int, counts: Any, rows: int) -> Position:
-        run = self.run_facts
-        return Position(step, progress, i, n, self.training.seed, run.rank, run.world, counts, rows)
-
-    def batch_plan(self) -> Plan:
-        t, run = self.training, self.run_facts
-        custom = next((s.batches for s in self.strategies.values() if s.batches is not None), None)
-        rows = len(self.info.splits["train"])
-        return Plan(rows, global_batch(t, run.world), t.seed, t.dataloader_drop_last, custom, self.info.splits["train"])
-
-    def stream_batches(self, start: int) -> dict[str, Any]:
-        """Loaders of the extra streams that strategies asked for, by name; each in the order of its own seed."""
-        t, run = self.training, self.run_facts
-        found = {}
-        for owner, strategy in self.strategies.items():
-            for name, stream in strategy.streams().items():
-                info = self.info if stream.data == "train" else self.stream_info(stream.data)
-                seed = randomness.number("stream", owner, name, t.seed)
-                for view in range(stream.views):
-                    size = max(1, round(global_batch(t, run.world) * stream.ratio))
-                    plan = self.batch_plan() if stream.data == "train" else Plan(len(info.splits["train"]), size, seed % 2**32, True)
-                    if plan.steps_per_epoch == 0:
-                        plan = Plan(plan.num_rows, plan.num_rows, plan.seed)
-                    rows = Rows(info, "train", self.task, self.loaded, transforms(stream.augment), seed + view, train=True)
-                    windows = Windows(plan, start, self.stop_at, run.world, run.rank, t.gradient_accumulation_steps)
-                    key = name if stream.views == 1 else f"{name}.{view}"
-                    found[key] = load_batches(rows, windows, t.dataloader_num_workers, run.device.type == "cuda")
+            found.setdefault(stream, {})[unit] = value
         return found
+
+    def position(self, step: int, i: int, n: int, counts: Any, sizes: Sizes) -> Position:
+        run = self.run_facts
+        return Position(step, step / max(run.planned_steps, 1), i, n, self.training.seed, run.rank, run.world, counts, sizes)
 
     def cadence(self, every: float | None, default_epoch: bool) -> int:
         if every is None:
             if not default_epoch:
                 return 0
             # after every epoch, but not more than about ten times
-            return max(self.batch_plan().steps_per_epoch, math.ceil(self.run_facts.planned_steps / 10))
+            return max(self.feed.sources["train"].plan.steps_per_epoch, math.ceil(self.run_facts.planned_steps / 10))
         return max(1, round(every * self.run_facts.planned_steps)) if 0 < every < 1 else int(every)
 
     # --- looking, judging, saving ---
 
-    def log(self, done: int, windows: Windows, bar: Any) -> None:
+    def log(self, done: int, bar: Any) -> None:
         if done == self.log_since or not self.log_terms:
             return
-        steps = done - self.log_since
-        values = torch.stack(list(self.log_terms.values())) / steps
-        if self.run_facts.world > 1:
-            torch.distributed.all_reduce(values)
-            values /= self.run_facts.world
-        self.check_finite(windows)
-        terms = dict(zip(self.log_terms, values.tolist(), strict=True))
-        self.log_terms, self.log_since = {}, done
+        self.share_log_terms()
+        self.check_finite()
+        steps, self.log_since = done - self.log_since, done
+        values = (torch.stack(list(self.log_terms.values())) / steps).tolist()
+        terms, self.log_terms = dict(zip(self.log_terms, values, strict=True)), {}
         point = {"step": done, "loss": terms.pop("loss"), "learning_rate": self.rate, "terms": terms}
         self.curve.append(point)
         bar.set_postfix(loss=f"{point['loss']:.4f}", lr=f"{self.rate:.2e}")
@@ -248,17 +268,28 @@ class Trainer:
             self.track({"train/loss": point["loss"], "train/learning_rate": self.rate, **{f"train/{k}": v for k, v in terms.items()}}, done)
         logger.debug("step %d: loss %.4f", done, point["loss"])
 
-    def check_finite(self, windows: Windows) -> None:
-        """Stop when a gradient was not finite since the last look. Reading the flag waits for the device."""
-        step = int(self.bad)
+    def share_log_terms(self) -> None:
+        """Make the sums for the log those of all ranks, so that one rank can write or save them."""
+        if self.run_facts.world > 1 and self.log_terms:
+            values = torch.stack(list(self.log_terms.values()))
+            torch.distributed.all_reduce(values)
+            self.log_terms = dict(zip(self.log_terms, (values / self.run_facts.world).unbind(), strict=True))
+
+    def check_finite(self) -> None:
+        """Stop when a loss or gradient was not finite since the last look. Reading the flag waits for the device."""
+        bad = self.bad.clone()
+        if self.run_facts.world > 1:
+            torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX)
+        step = int(bad)
         if step < 0:
             return
-        rows = [int(self.info.splits["train"][int(i)]["index"]) for i in windows.rows(step)[:16]]
-        terms = {k: float(v) for k, v in self.log_terms.items()}
-        wrong = [k for k, v in terms.items() if not math.isfinite(v)]
+        rows = self.feed.index(step)
+        shown = ", ".join(map(str, rows[:16])) + (f", ... ({len(rows)})" if len(rows) > 16 else "")
+        wrong = [k for k, v in self.log_terms.items() if not math.isfinite(float(v))]
+        saved = checkpoint.steps(self.checkpoints)
         raise NonFiniteError(
-            f"training became non-finite at step {step + 1} ({', '.join(wrong) or 'gradient'}; training rows {rows})",
-            "lower learning_rate, or look at these rows; nothing was saved after that step",
+            f"training became non-finite at step {step + 1} ({', '.join(wrong) or 'gradient'}; training rows {shown})",
+            f"lower learning_rate, or look at these rows; the last checkpoint is {saved[-1].name if saved else 'none'}",
         )
 
     def evaluate(self, done: int) -> None:
@@ -313,6 +344,12 @@ class Trainer:
         return found
 
     def save(self, done: int) -> None:
+        """Write a checkpoint of this step, once, after having looked whether all is finite."""
+        if done == self.saved:
+            return
+        self.saved = done
+        self.check_finite()
+        self.share_log_terms()
         tensors = self.model_tensors()
         state = {f"optim/{k}": v for k, v in optimizer.state_tensors(self.optimizer, self.names).items()}
         facts = {
@@ -323,10 +360,9 @@ class Trainer:
             "log_terms": {k: float(v) for k, v in self.log_terms.items()},
             "log_since": self.log_since,
             "seconds": self.seconds + time.perf_counter() - self.started,
-            "world": self.run_facts.world,
+            "global_batch": global_batch(self.training, self.run_facts.world),
             "data": self.info.fingerprint,
             "labels": self.loaded.labels,
-            "threads": torch.get_num_threads(),
         }
         if self.accelerator.is_main_process:
             protect = {f"step-{self.best['step']:06d}"} if self.best["step"] else set()
@@ -339,8 +375,7 @@ class Trainer:
         if found is None:
             return 0
         path, facts = found
-        if facts["data"] != self.info.fingerprint:
-            raise RecipeError(f"{path}: the training data have changed since", "restore them, or start anew with --overwrite")
+        self.check_same(path, facts)
         rest = checkpoint.load_into(path, self.model_tensors())
         saved = checkpoint.read_tensors(path, {name for name in rest if name.startswith("optim/")})
         optimizer.restore_state(self.optimizer, self.names, {k.removeprefix("optim/"): v for k, v in saved.items()}, self.run_facts.device)
@@ -349,13 +384,29 @@ class Trainer:
         device = self.run_facts.device
         self.log_terms = {k: torch.tensor(v, device=device) for k, v in facts["log_terms"].items()}
         self.log_since, self.seconds = facts["log_since"], facts["seconds"]
-        return int(facts["step"])
+        self.saved = int(facts["step"])
+        return self.saved
+
+    def check_same(self, path: Path, facts: dict[str, Any]) -> None:
+        """Refuse a checkpoint whose steps would mean something else now."""
+        if facts["data"] != self.info.fingerprint:
+            raise RecipeError(f"{path}: the training data have changed since", "restore them, or start anew with --overwrite")
+        if facts["labels"] != self.loaded.labels:
+            raise RecipeError(f"{path}: the labels were {facts['labels']}, now they are {self.loaded.labels}", "restore them, or start anew with --overwrite")
+        world, former = self.run_facts.world, facts["global_batch"]
+        if former != global_batch(self.training, world):
+            raise RecipeError(
+                f"{path}: a step took {former} rows, now it is {global_batch(self.training, world)} ({world} processes)",
+                f"keep their product: processes x per_device_train_batch_size x gradient_accumulation_steps = {former}",
+            )
 
     def finish(self) -> Result:
         """Take the best weights where asked, fold `eval_model`, then `export` in reverse."""
         steps = self.stop_at
         if self.training.load_best_model_at_end and self.best["step"] not in (None, steps):
-            checkpoint.load_into(self.checkpoints / f"step-{self.best['step']:06d}", self.model_tensors())
+            best = self.checkpoints / f"step-{self.best['step']:06d}"
+            checkpoint.verify(best)
+            checkpoint.load_into(best, self.model_tensors())
         trained = sum(p.numel() for p in self.trainable)
         total = sum(p.numel() for p in self.bundle.model.parameters())
         model: nn.Module = self.bundle.model
@@ -376,17 +427,13 @@ class Trainer:
         return Result(self.loaded, self.curve, self.evaluations, cost, self.best["step"])
 
 
-def global_batch(training: Training, world: int) -> int:
-    return training.per_device_train_batch_size * training.gradient_accumulation_steps * world
-
-
 def planned_steps(training: Training, num_rows: int, world: int) -> int:
     """Optimizer steps of a training: max_steps, or enough for the epochs."""
-    if training.max_steps > 0:
-        return training.max_steps
     plan = Plan(num_rows, global_batch(training, world), 0, training.dataloader_drop_last)
     if plan.steps_per_epoch == 0:
         raise DataError(f"{num_rows} training rows do not fill a batch of {plan.global_batch}", "lower the batch size, or dataloader_drop_last=false")
+    if training.max_steps > 0:
+        return training.max_steps
     return max(1, math.ceil(training.num_train_epochs * plan.steps_per_epoch))
 
 
@@ -396,6 +443,8 @@ def check_stack(strategies: dict[str, Strategy], training: Training, task: Any, 
         owners = [name for name, s in strategies.items() if getattr(s, hook) is not None]
         if len(owners) > 1:
             raise RecipeError(f"{where}: '{owners[0]}' and '{owners[1]}' both decide the {hook}", "use one of them in this stage")
+    if training.eval_steps == 0 and (training.load_best_model_at_end or training.early_stopping_patience):
+        raise RecipeError(f"{where}: the best model is to be chosen and eval_steps=0 never evaluates", "leave eval_steps out")
     if training.gradient_accumulation_steps > 1:
         for name, strategy in strategies.items():
             if strategy.scope == "batch":
@@ -407,7 +456,38 @@ def check_stack(strategies: dict[str, Strategy], training: Training, task: Any, 
         raise RecipeError(f"{where}: {type(task).__name__} has no loss of its own and no strategy of {', '.join(strategies)} adds one", "add the strategy 'contrastive'")
 
 
-class _nothing:
-    def __enter__(self) -> None: ...
+def check_accelerator(accelerator: Any, training: Training) -> None:
+    """Refuse what a launcher may have set that this loop does not do, rather than train something else."""
+    kind = accelerator.distributed_type
+    if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise RecipeError(f"the launch configuration asks for {kind.value}, which is not supported", "use one process, MULTI_GPU or MULTI_CPU")
+    if accelerator.mixed_precision not in ("no", "bf16") or (accelerator.mixed_precision == "bf16" and not training.bf16):
+        raise RecipeError(f"the launch configuration asks for mixed precision {accelerator.mixed_precision}", "set training.bf16=true instead")
+    accelerator.gradient_accumulation_steps = 1  # the terms are normalised by count; accelerate must not divide once more
 
-    def __exit__(self, *_: Any) -> None: ...
+
+def checkpoint_gradients(model: nn.Module) -> None:
+    try:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    except (AttributeError, ValueError) as error:
+        raise RecipeError(f"training.gradient_checkpointing: {type(model).__name__} cannot do that", "use training.forward_chunk_size to save memory") from error
+
+
+def _extra(batches: dict[str, Batch]) -> dict[str, Batch]:
+    return {name: batch for name, batch in batches.items() if name != "train"}
+
+
+def _reached(terms: list[torch.Tensor]) -> set[int]:
+    """Ids of the leaves that a backward from these terms would give a gradient."""
+    found: set[int] = set()
+    seen: set[Any] = set()
+    nodes = [term.grad_fn for term in terms if term.grad_fn is not None]
+    while nodes:
+        node = nodes.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        nodes += [following for following, _ in node.next_functions if following is not None]
+    return found

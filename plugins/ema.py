@@ -27,7 +27,6 @@ class Ema(Strategy):
     def __init__(self, *, decay: Annotated[float, Field(ge=0, lt=1)] = 0.999, warmup: bool = False):
         super().__init__()
         self.decay, self.warmup = decay, warmup
-        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
 
     def describe(self) -> str:
         return f"decay {self.decay:g}{' with warm-up' if self.warmup else ''}; the average is evaluated and exported"
@@ -35,15 +34,17 @@ class Ema(Strategy):
     def ready(self, model: nn.Module, run: Any) -> None:
         shared: dict[int, Any] = {id(p): p for p in model.parameters() if not p.requires_grad}
         self.average = copy.deepcopy(model, shared).requires_grad_(False).eval()
+        self._planned_steps = run.planned_steps
+
+    def decay_at(self, progress: float) -> float:
+        """The decay of the update at a point of the run: a function of the step, not a counter."""
+        t = round(progress * self._planned_steps) + 1
+        return min(self.decay, (1 + t) / (10 + t)) if self.warmup else self.decay
 
     def after_step(self, model: nn.Module, progress: float) -> None:
-        self.updates += 1
-        decay = self.decay
-        if self.warmup:
-            decay = min(decay, float((1 + self.updates) / (10 + self.updates)))
         with torch.no_grad():
             pairs = [(a, p) for a, p in zip(self.average.parameters(), model.parameters(), strict=True) if a is not p]
-            averaging.ema_([a for a, _ in pairs], [p for _, p in pairs], decay)
+            averaging.ema_([a for a, _ in pairs], [p for _, p in pairs], self.decay_at(progress))
             for mine, theirs in zip(self.average.buffers(), model.buffers(), strict=True):
                 mine.copy_(theirs)
 

@@ -57,7 +57,7 @@ class Finetune(Strategy):
         for pattern in self.freeze:
             matched = {n for n in names if fnmatch.fnmatchcase(n, pattern) or fnmatch.fnmatchcase(n, f"{pattern}.*")}
             if not matched:
-                raise RecipeError(f"finetune.freeze: '{pattern}' matches no parameter", nearest(pattern, names[:40]))
+                raise RecipeError(f"finetune.freeze: '{pattern}' matches no parameter", nearest(pattern, names))
             frozen |= matched
         if self.freeze_layers:
             layers = task.layers(model)

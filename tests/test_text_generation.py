@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from kt_hf_plugins.text_generation import IGNORED, TextGeneration, predicted
 from torch.nn import functional as F
 
 from kt_hf import Loaded, Model, loading
+from kt_hf.data import find_roles
 from kt_hf.errors import DataError, IntegrityError, RecipeError
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -54,6 +56,9 @@ MARKED = TURN.replace(
     "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}"
     "{% else %}{{ m.content }}{{ eos_token }}{% endif %}",
 )
+THINKING = PLAIN.replace(
+    "<|assistant|>{% endif %}", "<|assistant|><think>{% endif %}"
+)  # answers do not begin with that
 FORGETFUL = PLAIN.replace("{{ m.content }}", "{% if loop.last %}thinking: {% endif %}{{ m.content }}")
 
 
@@ -169,8 +174,9 @@ def test_answers_of_a_chat(template: str) -> None:
     assert everything["labels"] == columns["input_ids"]
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
-    task, loaded = fresh(given=info(messages=0), chat_template=FORGETFUL)
+@pytest.mark.parametrize("template", [FORGETFUL, THINKING])
+def test_a_template_that_rewrites_turns_is_refused(template: str) -> None:
+    task, loaded = fresh(given=info(messages=0), chat_template=template)
     with pytest.raises(DataError, match="turn 3 differently") as error:
         task.preprocess({"messages": CHATS}, loaded, train=True)
     assert "generation" in error.value.remedy
@@ -212,6 +218,19 @@ def test_fits() -> None:
     assert fits({"text": "a"}) and fits({"prompt": "a", "completion": "b"}) and fits({"messages": "a"})
     assert not fits({"text": "a", "label": "b"}) and not fits({"prompt": "a"}) and not fits({})
     assert not fits({"text": "a", "image": "b"})
+
+
+def test_roles_of_real_columns() -> None:
+    def roles(row: dict[str, Any], task: TextGeneration | None = None, **columns: str) -> dict[str, str]:
+        return find_roles(Dataset.from_list([row]).features, (task or TextGeneration()).roles, columns)
+
+    assert roles({"id": 1, "conversations": CHATS[0]}) == {"messages": "conversations"}
+    assert roles({"prompt": "a", "response": "b"}) == {"prompt": "prompt", "completion": "response"}
+    assert "label" in roles({"text": "a", "label": 1}), "such rows are left to text classification"
+    assert roles({"story": "a", "id": 1}, TextGeneration(form="text")) == {"text": "story"}
+    assert roles({"text": "a", "messages": CHATS[0]}, TextGeneration(form="messages")) == {"messages": "messages"}
+    with pytest.raises(RecipeError, match="several columns could be the prompt"):
+        roles({"instruction": "a", "input": "b", "output": "c"}, TextGeneration(form="prompt"))
 
 
 def test_truncation_is_counted(said: list[str]) -> None:

@@ -7,32 +7,33 @@ variance
 
     V = var(seed) / S + var(example) / N + var(rest) / (S N).
 
-Every replicate draws N examples with replacement, once for all seeds, and S seeds with replacement, once for all examples
-(Owen 2007). Taken as it is, that would be wrong twice at three seeds: rest_sn is counted in both draws, up to three times too much
-(Owen 2007), and a draw from S seeds shows only (S - 1) / S of their variance, which moreover is known so badly that quantiles of a
-t distribution are due. So the two parts of a replicate are put together as
+Every replicate draws N examples with replacement, once for all seeds, and reweights the S seeds, once for all examples (Owen 2007).
+With plain draws of seeds that would be wrong three times when seeds are three: rest_sn is counted in both draws, up to three times too
+much (Owen 2007); a draw from S seeds shows only (S - 1) / S of their variance; and that is known so badly that quantiles of a t
+distribution are due. Nor can the 27 draws of three seeds carry a percentile, so seeds are reweighted with normal multipliers (Wu 1986).
+The two parts of a replicate are put together as
 
-    theta*_b = theta + f [ sqrt(N / (N - 1)) (mean_s r_s(b) - mean_s r_s)  +  g sign_b sum_s (c_s(b) / S) (r_s - mean_s r_s) ]
+    theta*_b = theta + f [ sqrt(N / (N - 1)) (mean_s r_s(b) - mean_s r_s)  +  g sum_s h_s(b) (r_s - mean_s r_s) ]
 
-with r_s the metric of seed s, r_s(b) the same under draw b of examples, c_s(b) how often draw b holds seed s, and
+with r_s the metric of seed s, r_s(b) the same under draw b of examples, h_s(b) standard normal, and
 
     E = mean over b of the variance over seeds of r_s(b) - r_s      what the examples alone make seeds differ, var(rest) / N
     M = variance over seeds of r_s, and a = max(0, M - E)           so that a estimates var(seed)
-    g = sqrt(a / M * S / (S - 1))                                   the seeds' part gets the variance a / S
+    g = sqrt(a / (M S (S - 1)))                                     the seeds' part gets the variance a / S
     W = variance over b of the first term, V = W + a / S
-    nu = V^2 / ( (M / S)^2 / (S - 1) [a > 0] + W^2 / (N - 1) )      Satterthwaite 1946, for the difference M - E too
+    nu = V^2 / ( (M / S)^2 / (S - 1) [a > 0] + W^2 / (N - 1) )      Satterthwaite 1946, for the difference M - E
     f = t_nu(q) / z(q), q = (1 + level) / 2.
 
-sign_b is +1 or -1 with equal chance: three seeds say nothing about the skew of their distribution. The interval runs between the
-percentiles of theta*_b, within the range of the observed values. If seeds do not differ more than the examples explain (a = 0), it is
-the ordinary percentile interval of the mean over seeds. With one seed it is conditional on that seed.
+The interval runs between the percentiles of theta*_b, within the range of the observed values. If seeds do not differ more than the
+examples explain (a = 0), it is the ordinary percentile interval of the mean over seeds. With one seed it is conditional on that seed.
 
 Measured coverage of the nominal 95 % (binary outcomes; S = 3, 5; N = 100 to 600; seeds that do not, moderately, or mostly decide):
 90 to 98 %, see tests/test_statistics.py. The plain two-level bootstrap has 73 to 99.5 % there.
 
 Sources: Efron & Tibshirani 1993, "An Introduction to the Bootstrap" (percentile interval); Davison & Hinkley 1997, "Bootstrap
 Methods and their Application" (hierarchical data); Owen 2007, "The pigeonhole bootstrap" (crossed data); Satterthwaite 1946, "An
-approximate distribution of estimates of variance components" (nu). The combination and the sign are ours.
+approximate distribution of estimates of variance components" (nu); Wu 1986, "Jackknife, bootstrap and other resampling methods in
+regression analysis" (multipliers). The combination is ours.
 """
 
 from __future__ import annotations
@@ -168,9 +169,8 @@ def bounds(found: Replicates, level: float = 0.95, seed: int = 0) -> tuple[float
         a = max(0.0, M - E)
         if a > 0:
             generator = np.random.default_rng([seed, 1])
-            counts_BS = generator.multinomial(S, np.full(S, 1 / S), size=B)
-            sign_B = generator.choice([-1.0, 1.0], size=B)
-            seeds_B = sign_B * (counts_BS / S @ (found.point_S - value)) * math.sqrt(a / M * S / (S - 1))
+            multipliers_BS = generator.standard_normal((B, S))
+            seeds_B = multipliers_BS @ (found.point_S - value) * math.sqrt(a / (M * S * (S - 1)))
             V, spread = W + a / S, (M / S) ** 2 / (S - 1)
     uncertainty = spread + W**2 / max(N - 1, 1)
     nu = max(1.0, V**2 / uncertainty) if uncertainty > 0 else math.inf

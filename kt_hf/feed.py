@@ -1,0 +1,125 @@
+"""What one optimizer step eats: its window of micro-batches of `train` and of every extra stream, and how many of their rows
+count on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kt_hf import randomness
+from kt_hf.errors import RecipeError
+from kt_hf.loader import Collate, Plan, Rows, Windows, load_batches, transforms
+from kt_hf.task import Batch
+
+if TYPE_CHECKING:
+    from kt_hf.data import DataInfo
+    from kt_hf.facts import Run
+    from kt_hf.recipe import Data, Training
+    from kt_hf.strategy import Strategy, Stream
+
+Sizes = dict[str, tuple[int, ...]]
+"""stream -> rows of every rank in one micro-batch that count; 0 where a row only keeps ranks in step."""
+
+
+@dataclass
+class _Source:
+    """Rows of one stream and the plan by which they become batches."""
+
+    rows: Rows
+    plan: Plan
+
+
+@dataclass
+class Feed:
+    """Batches of all streams from `start` to `stop`, as functions of the step.
+
+    stream_info: name of another data set of the recipe -> its `DataInfo`.
+    """
+
+    run: Run
+    training: Training
+    data: Data
+    strategies: dict[str, Strategy]
+    stream_info: Callable[[str], DataInfo] | None
+    stop: int
+    sources: dict[str, _Source] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        plan = batch_plan(self.run, self.training, self.strategies)
+        rows = self._rows(self.run.info, self.data.augment, self.training.seed)
+        self.sources = {"train": _Source(rows, plan)}
+        owners: dict[str, tuple[str, Stream]] = {}
+        for owner, strategy in self.strategies.items():
+            for name, stream in strategy.streams().items():
+                if name in owners and owners[name][1] != stream:
+                    raise RecipeError(f"'{owners[name][0]}' and '{owner}' ask for different streams '{name}'", "use one of them in this stage")
+                if name not in owners:
+                    owners[name] = owner, stream
+                    self.sources.update(self._extra(owner, name, stream))
+
+    def _rows(self, info: DataInfo, augment: Any, seed: int) -> Rows:
+        return Rows(info, "train", self.run.task, self.run.loaded, transforms(augment), seed, train=True)
+
+    def _extra(self, owner: str, name: str, stream: Stream) -> dict[str, _Source]:
+        """The sources of an extra stream: as many as it has views, each with draws of its own."""
+        seed = randomness.number("stream", owner, name, self.training.seed)
+        if stream.data == "train":
+            info, plan = self.run.info, self.sources["train"].plan
+        else:
+            assert self.stream_info is not None
+            info = self.stream_info(stream.data)
+            count = len(info.splits["train"])
+            size = max(1, round(global_batch(self.training, self.run.world) * stream.ratio))
+            plan = Plan(count, min(size, count), seed % 2**32, drop_last=True)
+        keys = [name] if stream.views == 1 else [f"{name}.{view}" for view in range(stream.views)]
+        return {key: _Source(self._rows(info, stream.augment, seed + view), plan) for view, key in enumerate(keys)}
+
+    def windows(self, stream: str, start: int, stop: int) -> Windows:
+        run = self.run
+        return Windows(self.sources[stream].plan, start, stop, run.world, run.rank, self.training.gradient_accumulation_steps)
+
+    def steps(self, start: int) -> Iterator[tuple[list[dict[str, Batch]], list[Sizes]]]:
+        """For every step its window: the micro-batches by stream, and how many of their rows count."""
+        pin = self.run.device.type == "cuda"
+        workers, micro_batches = self.training.dataloader_num_workers, self.training.gradient_accumulation_steps
+        windows = {name: self.windows(name, start, self.stop) for name in self.sources}
+        loaders = {name: load_batches(s.rows, windows[name], workers, pin) for name, s in self.sources.items()}
+        sizes = {name: w.sizes() for name, w in windows.items()}
+        try:
+            for _ in range(start, self.stop):
+                now = {name: next(s) for name, s in sizes.items()}
+                window = [{name: next(loader) for name, loader in loaders.items()} for _ in range(micro_batches)]
+                yield window, [{name: now[name][i] for name in now} for i in range(micro_batches)]
+        finally:
+            for loader in loaders.values():
+                loader.close()
+
+    def first(self, step: int) -> tuple[dict[str, Batch], Sizes]:
+        """This rank's first micro-batch of a step, made on the spot."""
+        batches, sizes = {}, {}
+        for name, source in self.sources.items():
+            windows = self.windows(name, step, step + 1)
+            collate = Collate(self.run.task, self.run.loaded)
+            batches[name] = collate(source.rows.__getitems__(next(iter(windows))))
+            sizes[name] = next(windows.sizes())[0]
+        return batches, sizes
+
+    def index(self, step: int) -> np.ndarray:
+        """`index` of all training rows of a step, for messages."""
+        source = self.sources["train"]
+        return source.rows.index[self.windows("train", step, step + 1).rows(step)]
+
+
+def batch_plan(run: Run, training: Training, strategies: dict[str, Strategy]) -> Plan:
+    """How training rows become global batches: a permutation of each epoch, or what a strategy's `batches` says."""
+    rows = run.info.splits["train"]
+    custom = next((s.batches for s in strategies.values() if s.batches is not None), None)
+    return Plan(len(rows), global_batch(training, run.world), training.seed, training.dataloader_drop_last, custom, rows)
+
+
+def global_batch(training: Training, world: int) -> int:
+    """Rows of an optimizer step on all ranks."""
+    return training.per_device_train_batch_size * training.gradient_accumulation_steps * world

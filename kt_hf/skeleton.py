@@ -1,0 +1,76 @@
+"""Models without weights, for the plan: what strategies would match and train, before any weight is loaded."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kt_hf import stages
+from kt_hf.errors import KtError
+from kt_hf.facts import Run
+from kt_hf.recipe import Model, Train
+from kt_hf.task import Loaded
+
+if TYPE_CHECKING:
+    from kt_hf.runner import Context
+
+logger = logging.getLogger(__name__)
+
+
+def plan_setup(context: Context, stage: Train) -> tuple[dict[str, Any], int, int] | None:
+    """(strategies after `setup`, trainable, all parameters) of a stage, or None where no skeleton can be built.
+
+    Raises the `RecipeError` of a strategy that would do nothing or asks for what the model does not have.
+    """
+    loaded = _load(context, stage)
+    if loaded is None:
+        return None
+    info, task = context.info(stage), context.task(stage)
+    run = Run(context.accelerator, stage.training.seed, context.root, task, loaded, info, 1, lambda ref: context.resolve(ref, 0))
+    stack = stages.build_stack(stage, context.settings)
+    model = loaded.model
+    with torch.device("meta"):
+        for strategy in stack.values():
+            model = strategy.setup(model, run)
+    parameters = list(model.parameters())
+    return stack, sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+
+
+def _load(context: Context, stage: Train) -> Loaded | None:
+    ref = _fresh(context, stage.model)
+    if ref is None:
+        return None
+    level = logging.getLogger("kt_hf").level
+    try:
+        logging.getLogger("kt_hf").setLevel(logging.ERROR)  # the same remarks come again with the real model
+        with torch.device("meta"):
+            return context.task(stage).load(ref, context.info(stage))
+    except KtError:
+        raise
+    except Exception as error:  # some models cannot be built without their weights; that is no fault of the recipe
+        logger.debug("no skeleton for %s: %s", stage.name, error)
+        return None
+    finally:
+        logging.getLogger("kt_hf").setLevel(level)
+
+
+def _fresh(context: Context, ref: Model | None) -> Model | None:
+    """The reference with checkpoints replaced by their configurations; `@stage` by what that stage starts from."""
+    if ref is None:
+        return None
+    if isinstance(ref.path, str) and ref.path.startswith("@"):
+        other = context.stage(ref.path[1:])
+        if not isinstance(other, Train):
+            return None
+        return _fresh(context, other.model)
+    if ref.path is not None:
+        if not (Path(ref.path) / "config.json").is_file():
+            return None
+        return Model(**{**{k: v for k, v in ref.given.items() if k not in ("path", "revision")}, "config": ref.path})
+    towers = {t: _fresh(context, getattr(ref, t)) for t in ("image", "text") if getattr(ref, t) is not None}
+    if None in towers.values():
+        return None
+    return Model(**{**ref.given, **towers})
