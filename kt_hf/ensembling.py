@@ -83,7 +83,8 @@ class EnsembleBundle(nn.Module):
         for model, order in zip(self.models, self.order, strict=True):
             scores_NC, weight_N = self.task.scores(self.task.forward(model, batch), batch)
             found.append(scores_NC if order is None else scores_NC[:, order])
-        scores_KNC = torch.stack(found)
+        width = min(scores.shape[-1] for scores in found)  # vocabularies may be padded to different widths
+        scores_KNC = torch.stack([scores[:, :width] for scores in found])
         if mode == "scores":
             return {"scores": scores_KNC.transpose(0, 1), "label": batch["labels"]}
         assert weight_N is not None

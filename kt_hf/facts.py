@@ -83,7 +83,7 @@ def load_frozen(model: Model, task: Task, info: DataInfo, device: torch.device, 
 def _agree(task: Task, student: Loaded, teacher: Loaded, name: str, frozen: Frozen) -> list[int]:
     """Check what teacher and student must share; the teacher's class of every class of the student."""
     ours, theirs = task.signature(student), task.signature(teacher)
-    for key in ours.keys() & theirs.keys() - {"labels", "num_scores", "vocabulary_size"}:
+    for key in ours.keys() & theirs.keys() - {"labels", "num_scores", "vocabulary_size", "preprocessing"}:
         if ours[key] != theirs[key]:
             remedy = "give the student model.processor of the teacher" if key != "vocabulary" else "take a teacher with the same tokenizer"
             raise RecipeError(f"teacher '{name}' and student differ in {key}: {_difference(theirs[key], ours[key])}", remedy)

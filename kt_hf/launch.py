@@ -87,13 +87,14 @@ def fail(code: int, cause: str, remedy: str, output: list[Path]) -> None:
 def set_up_logging(debug: bool) -> None:
     main_process = int(os.environ.get("RANK", 0)) == 0
     level = logging.DEBUG if debug else logging.INFO if main_process else logging.ERROR
-    logger = logging.getLogger("kt_hf")
-    logger.setLevel(level)
-    if not logger.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        logger.addHandler(handler)
-        logger.propagate = False
+    for name in ("kt_hf", "kt_hf_plugins"):
+        logger = logging.getLogger(name)
+        logger.setLevel(level)
+        if not logger.handlers:
+            handler = logging.StreamHandler()
+            handler.setFormatter(logging.Formatter("%(message)s"))
+            logger.addHandler(handler)
+            logger.propagate = False
 
 
 def read_changes(options: argparse.Namespace, raw: dict[str, Any], collect: Collector) -> dict[str, Any]:
