@@ -75,6 +75,11 @@ class Step:
         self._encoded: dict[str, int] = {}
 
     @property
+    def model(self) -> nn.Module:
+        """The model in training, for losses about its weights. Not to be kept."""
+        return self._bundle.model
+
+    @property
     def outputs(self) -> Any:
         """The model's outputs on the training batch."""
         return self.forward("train")

@@ -46,7 +46,8 @@ def resolve(raw: dict[str, Any], collect: Collector) -> Recipe:
     data = _data(raw.get("data"), collect)
     training, common = _training(raw.get("training"), {}, "training", collect)
     model = _model(raw.get("model"), "model", collect)
-    _plugin_name("task", raw.get("task"), "task", collect)
+    if not _plugin_name("task", raw.get("task"), "task", collect):
+        top["task"] = None
     listed = raw.get("stages")
     if isinstance(listed, list) and not listed:
         listed = None
@@ -88,7 +89,7 @@ def _fill_in(
         stage.base = _model(stage.base, f"{where}.base", collect)
     if isinstance(stage, Train):
         stage.training, _ = _training(stage.training, common, f"{where}.training", collect)
-    if isinstance(stage, (Train, Evaluate)) and stage.model is None and "model" not in {**top["given"], **stage.given}:
+    if isinstance(stage, (Train, Evaluate)) and (stage.given.get("model") or top["model"]) is None:
         collect.add(f"{where}: no model", "give the recipe or the stage one: model=DIR_OR_HUB_ID or model.config=TYPE")
     if isinstance(stage, Evaluate) and stage.model is not None and stage.model.config:
         collect.add(f"{where}: a fresh model has learned nothing", "give model=DIR_OR_HUB_ID or '@stage'")
@@ -165,7 +166,9 @@ def _plugin_name(kind: str, item: Any, where: str, collect: Collector) -> bool:
     if item is None:
         return False
     if not isinstance(item, (str, dict)) or (isinstance(item, dict) and len(item) != 1):
-        collect.add(f"{where}: got {settings.shorten(item)}", "write a plugin as its name or as {name: {setting: value}}")
+        collect.add(
+            f"{where}: got {settings.shorten(item)}", "write a plugin as its name or as {name: {setting: value}}"
+        )
         return False
     name, given = named(item)
     before = len(collect.mistakes)
@@ -183,8 +186,7 @@ def _plugin_name(kind: str, item: Any, where: str, collect: Collector) -> bool:
 
 
 def _noun(cls: type[Noun], given: Any, where: str, collect: Collector) -> Any:
-    """The noun, or None where what identifies it is missing or wrong."""
-    before = len(collect.mistakes)
+    """The noun; a setting with a mistake has its default."""
     values = settings.validate(cls, given, where, collect, positional="path")
     noun = cls(**values)
     if not isinstance(given, dict):
@@ -192,7 +194,7 @@ def _noun(cls: type[Noun], given: Any, where: str, collect: Collector) -> Any:
     noun.given = {key: values[key] for key in given if key in values}
     if cls is Data:
         _check_data(noun, where, collect)
-    return noun if len(collect.mistakes) == before else None
+    return noun
 
 
 def _check_data(data: Data, where: str, collect: Collector) -> None:
@@ -212,10 +214,8 @@ def _data(given: Any, collect: Collector) -> dict[str, Data]:
     if given is None:
         return {}
     if several(given):
-        found = {str(name): _noun(Data, each, f"data.{name}", collect) for name, each in given.items()}
-        return {name: noun for name, noun in found.items() if noun is not None}
-    noun = _noun(Data, given, "data", collect)
-    return {"data": noun} if noun is not None else {}
+        return {str(name): _noun(Data, each, f"data.{name}", collect) for name, each in given.items()}
+    return {"data": _noun(Data, given, "data", collect)}
 
 
 def _bind_data(given: Any, data: dict[str, Data], where: str, collect: Collector) -> tuple[str, Data] | None:
@@ -232,21 +232,20 @@ def _bind_data(given: Any, data: dict[str, Data], where: str, collect: Collector
         collect.add(f"{where}.data: there is no data set '{given}'", nearest(given, data))
         return None
     noun = _noun(Data, given, f"{where}.data", collect)
-    return (str(noun.path).rstrip("/").rpartition("/")[2], noun) if noun is not None else None
+    return str(noun.path).rstrip("/").rpartition("/")[2], noun
 
 
 def _model(given: Any, where: str, collect: Collector) -> Model | None:
     if given is None:
         return None
-    model = _noun(Model, given, where, collect)
-    if model is None:
-        return None
+    before = len(collect.mistakes)
+    model: Model = _noun(Model, given, where, collect)
     kinds = [key for key in ("path", "config") if getattr(model, key)]
     kinds += ["image and text"] if model.image or model.text else []
     if len(kinds) > 1:
         remedy = "a model is a checkpoint, a fresh config, or two towers"
         collect.add(f"{where}: {' and '.join(kinds)} contradict each other", remedy)
-    elif not kinds:
+    elif not kinds and len(collect.mistakes) == before:
         collect.add(f"{where}: neither path nor config", "model=DIR_OR_HUB_ID, or model.config=TYPE for a fresh one")
     if (model.image is None) != (model.text is None):
         collect.add(f"{where}: a dual encoder needs both image and text", "give both towers")
@@ -263,31 +262,34 @@ def _training(given: Any, common: dict[str, Any], where: str, collect: Collector
     own = {key: values[key] for key in own if key in values}
     inherited = {k: v for k, v in common.items() if k not in own and not (REPLACES.get(k) in own and own[REPLACES[k]])}
     training = Training(**{**inherited, **own})
-    before = len(collect.mistakes)
-    _check_training(training, own if not common else training.given, where, collect)
-    if common and not own:  # already said of the recipe's own `training`
-        del collect.mistakes[before:]
+    said = _contradictions(Training(**common)) if common else []
+    for cause, remedy in _contradictions(training):
+        if (cause, remedy) not in said:
+            collect.add(f"{where}{cause}", remedy)
     training.given = own
     return training, own
 
 
-def _check_training(t: Training, given: dict[str, Any], where: str, collect: Collector) -> None:
+def _contradictions(t: Training) -> list[tuple[str, str]]:
+    """(cause, remedy) of settings that are right by themselves and wrong together."""
+    found: list[tuple[str, str]] = []
     if t.warmup_ratio and t.warmup_steps:
-        collect.add(f"{where}: warmup_ratio and warmup_steps contradict each other", "give one of them")
+        found.append((": warmup_ratio and warmup_steps contradict each other", "give one of them"))
     if t.max_steps == 0:
         remedy = "a number of steps, or -1 to train for num_train_epochs; to measure only, use an evaluate stage"
-        collect.add(f"{where}.max_steps: got 0", remedy)
+        found.append((".max_steps: got 0", remedy))
     if isinstance(t.learning_rate, list) and len(set(t.learning_rate)) != len(t.learning_rate):
-        collect.add(f"{where}.learning_rate: a value stands there twice", "give each rate once")
+        found.append((".learning_rate: a value stands there twice", "give each rate once"))
     if isinstance(t.learning_rate, list) and not t.learning_rate:
-        collect.add(f"{where}.learning_rate: an empty list", "give one learning rate or several to choose from")
+        found.append((".learning_rate: an empty list", "give one learning rate or several to choose from"))
     if t.momentum and t.optim != "sgd":
-        collect.add(f"{where}: momentum and optim={t.optim} contradict each other", "momentum is a setting of sgd")
+        found.append((f": momentum and optim={t.optim} contradict each other", "momentum is a setting of sgd"))
     if isinstance(t.report_to, list) and "none" in t.report_to and len(t.report_to) > 1:
-        collect.add(f"{where}.report_to: 'none' and others contradict each other", "give one of them")
+        found.append((".report_to: 'none' and others contradict each other", "give one of them"))
     wants_evaluation = [k for k in ("load_best_model_at_end", "early_stopping_patience") if getattr(t, k)]
     if wants_evaluation and t.eval_steps == 0:
-        collect.add(f"{where}: {wants_evaluation[0]} and eval_steps=0 contradict each other", "set eval_steps")
+        found.append((f": {wants_evaluation[0]} and eval_steps=0 contradict each other", "set eval_steps"))
+    return found
 
 
 # --- order -------------------------------------------------------------------------------------------------------------
@@ -400,7 +402,9 @@ def merges_seeds(stage: Stage, by_name: dict[str, Stage]) -> bool:
 
 def _plugins_of(stage: Stage) -> list[tuple[str, Any, str]]:
     """(kind, plugin as written, path of the setting) of every plugin that a stage names."""
-    found = [("task", stage.task, f"stages.{stage.name}.task" if "task" in stage.given else "task")] if stage.task else []
+    found = (
+        [("task", stage.task, f"stages.{stage.name}.task" if "task" in stage.given else "task")] if stage.task else []
+    )
     if isinstance(stage, Train):
         found += [("strategy", item, f"stages.{stage.name}.strategies") for item in stage.strategies]
     elif isinstance(stage, (Merge, Ensemble)) and stage.method is not None:

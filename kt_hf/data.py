@@ -1,27 +1,35 @@
-"""Data sets: found, read, given roles, split, cleaned and cut down. What comes out has one column per role of the task,
-and `index`, the row's number in its split as it was read."""
+"""Data sets as tasks see them: read, given roles, split, cleaned and cut down. What comes out has one column per role of the
+task, and `index`, the row's number in its split as it was read.
+
+Shapes: N rows of a split.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
-from kt_hf.errors import DataError, HubError, RecipeError, nearest
-from kt_hf.recipe import Data
-from kt_hf.task import Role, Task
+from kt_hf.errors import DataError, RecipeError, nearest
+from kt_hf.nouns import Data
+from kt_hf.reading import SPLITS, arrow, mixed_row, read, read_counted
+from kt_hf.roles import find_roles, kinds
+from kt_hf.task import Task
+
+__all__ = ["SPLITS", "DataInfo", "find_roles", "kinds", "prepare", "read"]
 
 logger = logging.getLogger(__name__)
 
-SPLITS = ("train", "validation", "test")
-_SPLIT_ALIASES = {"train": ("training",), "validation": ("valid", "val", "dev", "development"), "test": ("testing", "eval")}
-_READERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text", ".arrow": "arrow"}
+_TEXT_ROLES = ("text", "prompt", "completion", "messages")
+_HEAD = 65536
+"""Bytes of an image file that is not embedded in the data set by which copies are recognised, with its size."""
 
 
 @dataclass
@@ -40,7 +48,7 @@ class DataInfo:
     def evaluation_split(self) -> str:
         """The split that reports are made on: test, where it has labels, else validation."""
         for split in ("test", "validation"):
-            if split in self.splits and ("label" not in self.roles or any(_labelled(self.splits[split]))):
+            if split in self.splits and ("label" not in self.roles or (_classes(self.splits[split]) >= 0).any()):
                 return split
         return "train"
 
@@ -59,305 +67,368 @@ class DataInfo:
         return self.splits[split]
 
 
-def _labelled(split: datasets.Dataset) -> list[bool]:
-    return [y is not None and y >= 0 for y in split["label"]]
+@dataclass
+class _Part:
+    """A split at work: its rows as they were read, and which of them are kept. Selected from once, at the end."""
+
+    rows: datasets.Dataset
+    keep: np.ndarray
+    classes: np.ndarray | None = None
+    hashes: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
+
+    def narrow(self, mask_N: np.ndarray) -> None:
+        self.keep = self.keep[mask_N[self.keep]]
 
 
-# --- reading -----------------------------------------------------------------------------------------------------------
-
-
-def read(data: Data) -> datasets.DatasetDict:
-    """The splits of a folder, a file, a Hub data set or `digits`, named as ours. Nothing is cut or renamed yet."""
-    if data.path == "digits" and not Path("digits").exists():
-        from kt_hf import digits
-
-        if data.name not in (None, *digits.NAMES):
-            raise RecipeError(f"data.name: digits has no '{data.name}'", nearest(data.name, digits.NAMES))
-        return digits.load(data.name)
-    path = Path(data.path)
-    try:
-        if path.is_file():
-            found = _read_files({"train": path})
-        elif path.is_dir():
-            files = _split_files(path, data.splits or {})
-            found = _read_files(files) if files else datasets.load_dataset(str(path), data.name)
-        else:
-            found = datasets.load_dataset(data.path, data.name, revision=data.revision)
-    except (DataError, RecipeError):
-        raise
-    except Exception as error:
-        raise _unreadable(data, error) from error
-    found = found if isinstance(found, dict) else datasets.DatasetDict({"train": found})
-    named = datasets.DatasetDict()
-    for split in SPLITS:
-        for theirs in ((data.splits or {}).get(split, split), *_SPLIT_ALIASES[split]):
-            if theirs in found:
-                named[split] = found[theirs]
-                break
-        else:
-            if split in (data.splits or {}):
-                raise RecipeError(f"data.splits.{split}: there is no split '{data.splits[split]}'", nearest(data.splits[split], found))
-    if not named:
-        raise DataError(f"data '{data.path}' has the splits {', '.join(found)}, none of which is known", "name them: data.splits.train=...")
-    for split, rows in named.items():
-        if len(rows) == 0:
-            raise DataError(f"data '{data.path}': the split {split} is empty", "remove the file or fill it")
-    return named
-
-
-def _split_files(folder: Path, names: dict[str, str]) -> dict[str, Path]:
-    files: dict[str, Path] = {}
-    for split in SPLITS:
-        for stem in (names.get(split, split), *_SPLIT_ALIASES[split]):
-            match = [p for suffix in _READERS if (p := folder / f"{stem}{suffix}").is_file()]
-            if match:
-                files[split] = match[0]
-                break
-    return files
-
-
-def _read_files(files: dict[str, Path]) -> datasets.DatasetDict:
-    readers = {_READERS.get(path.suffix) for path in files.values()}
-    if None in readers or len(readers) > 1:
-        raise DataError(f"cannot read {', '.join(p.name for p in files.values())} as one data set", f"use one of {', '.join(_READERS)}")
-    reader = str(readers.pop())
-    options = {"sep": "\t"} if next(iter(files.values())).suffix == ".tsv" else {}
-    return datasets.load_dataset(reader, data_files={split: str(path) for split, path in files.items()}, **options)
-
-
-def _unreadable(data: Data, error: Exception) -> Exception:
-    text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    if isinstance(error, (ConnectionError, OSError)) and "ffline" in text or "doesn't exist on the Hub" in text or "Couldn't reach" in text:
-        return HubError(f"data '{data.path}' is no folder or file, and not on the Hub as far as it can be reached ({text[:120]})", "check data.path, or the network")
-    return DataError(f"data '{data.path}' cannot be read: {text}", "a folder with train.parquet, validation.parquet, test.parquet works as it is")
-
-
-# --- roles -------------------------------------------------------------------------------------------------------------
-
-
-def kinds(feature: Any) -> tuple[str, ...]:
-    """What a column can serve as."""
-    if isinstance(feature, datasets.Image):
-        return ("image",)
-    if isinstance(feature, datasets.ClassLabel):
-        return ("class",)
-    inner = getattr(feature, "feature", None)
-    if inner is None and isinstance(feature, list):
-        inner = feature[0]
-    if isinstance(inner, dict) and {"role", "content"} <= set(inner):
-        return ("messages",)
-    if inner is not None and getattr(inner, "dtype", None) in ("string", "large_string"):
-        return ("strings",)
-    dtype = getattr(feature, "dtype", None)
-    if dtype in ("string", "large_string"):
-        return ("string", "class?")
-    if isinstance(dtype, str) and (dtype.startswith(("int", "uint")) or dtype == "bool"):
-        return ("class?",)
-    return ()
-
-
-def find_roles(features: Any, roles: Sequence[Role], columns: dict[str, str] | None = None, strict: bool = True) -> dict[str, str]:
-    """role -> column: those named, then columns of the role's own name or a usual one, then the only one of a fitting kind.
-
-    Raises `RecipeError` that lists the candidates when a required role stays open and `strict` is set.
-    """
-    columns = columns or {}
-    for role, column in columns.items():
-        if role not in {r.name for r in roles}:
-            raise RecipeError(f"data.columns.{role}: the task has no such role", nearest(role, [r.name for r in roles]))
-        if column not in features:
-            raise RecipeError(f"data.columns.{role}: there is no column '{column}'", nearest(column, features))
-    found = dict(columns)
-    for role in roles:
-        for name in (role.name, *role.aliases):
-            if role.name not in found and name in features and name not in found.values() and _suits(features[name], role, named=True):
-                found[role.name] = name
-    for role in roles:
-        if role.name in found or not role.required:
-            continue
-        free = [c for c in features if c not in found.values() and _suits(features[c], role, named=False)]
-        if len(free) == 1:
-            found[role.name] = free[0]
-        elif strict:
-            what = f"several columns could be the {role.name}: {', '.join(free)}" if free else f"no column can be the {role.name}"
-            raise RecipeError(f"{what} (columns: {', '.join(features)})", f"name it: data.columns.{role.name}=COLUMN")
-    return found
-
-
-def _suits(feature: Any, role: Role, named: bool) -> bool:
-    offered = kinds(feature)
-    return any(kind in offered or (named and f"{kind}?" in offered) for kind in role.kinds)
-
-
-# --- preparing ---------------------------------------------------------------------------------------------------------
+def _classes(rows: datasets.Dataset) -> np.ndarray:
+    return np.asarray(rows.select_columns(["label"]).with_format("numpy")[:]["label"])
 
 
 def prepare(name: str, data: Data, task: Task) -> DataInfo:
-    """Read a data set and make it fit a task: roles, labels by name, subsets, splits, cleaning."""
-    splits = dict(read(data))
-    columns = data.columns
-    roles = find_roles(next(iter(splits.values())).features, task.roles, columns)
-    splits = {split: _filter(rows, data.where, split) for split, rows in splits.items()}
-    splits = {split: rows.add_column("index", np.arange(len(rows))) if "index" not in rows.column_names else rows for split, rows in splits.items()}
-    splits = {split: _rename(rows, roles) for split, rows in splits.items()}
-    labels = None
-    if "label" in roles:
-        splits, labels = _name_labels(splits, data.labels)
-    elif data.labels:
-        raise RecipeError("data.labels: the data have no class column", "name it: data.columns.label=COLUMN")
-    hashes = {split: _row_hashes(rows, roles) for split, rows in splits.items()}
-    splits, counts, hashes = _clean(splits, hashes, roles, set(data.drop or []), name)
-    splits = _hold_out(splits, data)
-    splits = {split: _limit(rows, split, data) for split, rows in splits.items()}
-    digest = hashlib.sha256()
-    for split in sorted(splits):
-        digest.update(split.encode())
-        digest.update(_row_hashes(splits[split], roles, label=True).tobytes())
-        counts[split] = len(splits[split])
-        if len(splits[split]) == 0:
+    """Read a data set and make it fit a task: roles, labels by name, subsets, cleaning, splits.
+
+    Raises `DataError` for data that cannot be used, `RecipeError` for settings that do not fit them.
+    """
+    found, unreadable = read_counted(data)
+    first = next(iter(found.values()))
+    _refuse_mixed(first, task, data)
+    roles = find_roles(first.features, task.roles, data.columns)
+    parts: dict[str, _Part] = {}
+    for split, rows in found.items():
+        keep = _where(rows, data.where, split)
+        rows = _rename(rows if rows._indices is None else rows.flatten_indices(), roles, split)
+        parts[split] = _Part(rows.add_column("index", np.arange(len(rows))), keep)
+    labels = _settle_labels(parts, roles, data)
+    for part in parts.values():
+        part.hashes = _row_hashes(part.rows, [role for role in roles if role != "label"])
+    counts = _clean(parts, roles, set(data.drop or []), name)
+    if unreadable:
+        counts["unreadable"] = unreadable
+        logger.warning("data '%s': %d unreadable rows, dropped", name, unreadable)
+    _hold_out(parts, data, name)
+    for split, part in parts.items():
+        _limit(part, split, data)
+        counts[split] = len(part.keep)
+        if not len(part.keep):
             raise DataError(f"data '{name}': no rows are left in {split}", "loosen data.where, data.labels or data.drop")
-    if labels is not None and "train" in splits and len({y for y in splits["train"]["label"] if y >= 0}) < 2:
-        logger.warning("data '%s': the training rows have a single class", name)
-    return DataInfo(name, splits, roles, labels, digest.hexdigest()[:16], counts, data.path)
+    if labels is not None:
+        _warn_of_classes(parts, labels, name)
+    splits = {split: _selected(part) for split, part in parts.items()}
+    return DataInfo(name, splits, roles, labels, _fingerprint(parts, labels), counts, data.path)
 
 
-def _filter(rows: datasets.Dataset, where: dict[str, Any] | None, split: str) -> datasets.Dataset:
+def _selected(part: _Part) -> datasets.Dataset:
+    return part.rows if len(part.keep) == len(part.rows) else part.rows.select(part.keep)
+
+
+def _fingerprint(parts: dict[str, _Part], labels: list[str] | None) -> str:
+    """What preprocessed rows and resumed trainings depend on: the rows, their order, their classes."""
+    digest = hashlib.sha256(repr(labels).encode())
+    for split in sorted(parts):
+        part = parts[split]
+        digest.update(f"{split} {len(part.keep)} ".encode())
+        digest.update(part.hashes[part.keep].tobytes() + part.keep.astype(np.int64).tobytes())
+        if part.classes is not None:
+            digest.update(part.classes[part.keep].tobytes())
+    return digest.hexdigest()[:16]
+
+
+# --- columns -----------------------------------------------------------------------------------------------------
+
+
+def _refuse_mixed(rows: datasets.Dataset, task: Task, data: Data) -> None:
+    """JSON lines whose column holds numbers here and text there, where the task would read it."""
+    wanted = set((data.columns or {}).values()) | {n for role in task.roles for n in (role.name, *role.aliases)}
+    for column, feature in rows.features.items():
+        if column in wanted and type(feature).__name__ == "Json":
+            mixed = mixed_row(rows, column)
+            if mixed is not None:
+                cause = f"data '{data.path}': column '{column}' mixes {mixed[1]} (first in row {mixed[0]})"
+                raise DataError(cause, "write one kind of value in a column")
+
+
+def _where(rows: datasets.Dataset, where: dict[str, Any] | None, split: str) -> np.ndarray:
+    """Row numbers that have the wanted values. Classes go by name or number."""
+    keep = np.arange(len(rows))
     for column, wanted in (where or {}).items():
         if column not in rows.column_names:
             raise RecipeError(f"data.where.{column}: there is no such column", nearest(column, rows.column_names))
-        values = set(wanted if isinstance(wanted, list) else [wanted])
-        keep = [i for i, value in enumerate(rows[column]) if value in values]
-        if not keep:
-            raise DataError(f"data.where.{column}: no row of {split} has {wanted!r}", nearest(str(wanted), {str(v) for v in list(rows[column])[:1000]}))
-        rows = rows.select(keep)
-    return rows
+        feature = rows.features[column]
+        names = {str(w) for w in (wanted if isinstance(wanted, list) else [wanted])}
+        values = np.asarray(rows.select_columns([column]).with_format("arrow")[:][column].to_pylist(), dtype=object)
+        unique = {repr(v): v for v in values}
+        text = {key: str(value) for key, value in unique.items()}
+        if isinstance(feature, datasets.ClassLabel):
+            text = {k: feature.names[v] if v is not None and v >= 0 else str(v) for k, v in unique.items()}
+        chosen = {k for k, v in unique.items() if text[k] in names or str(v) in names}
+        mask_N = np.fromiter((repr(v) in chosen for v in values), dtype=bool, count=len(values))
+        if not mask_N[keep].any():
+            some = list(dict.fromkeys(text.values()))[:50]
+            raise DataError(f"data.where.{column}: no row of {split} has {wanted!r}", nearest(sorted(names)[0], some))
+        keep = keep[mask_N[keep]]
+    return keep
 
 
-def _rename(rows: datasets.Dataset, roles: dict[str, str]) -> datasets.Dataset:
-    rows = rows.select_columns([*roles.values(), "index"])
-    moves = {column: role for role, column in roles.items() if column != role}
+def _rename(rows: datasets.Dataset, roles: dict[str, str], split: str) -> datasets.Dataset:
+    """The role columns under the roles' names. Labels may be absent outside of training; nothing else may."""
+    absent = [column for role, column in roles.items() if column not in rows.column_names and role != "label"]
+    if absent or (split == "train" and "label" in roles and roles["label"] not in rows.column_names):
+        column = absent[0] if absent else roles["label"]
+        raise DataError(f"the split {split} has no column '{column}'", f"its columns are {', '.join(rows.column_names)}")
+    present = {role: column for role, column in roles.items() if column in rows.column_names}
+    rows = rows.select_columns(list(present.values()))
+    moves = {column: role for role, column in present.items() if column != role}
     aside = {column: f"{column}__" for column in moves if column in moves.values()}
     return rows.rename_columns(aside).rename_columns({aside.get(c, c): r for c, r in moves.items()}) if moves else rows
 
 
-def _name_labels(splits: dict[str, datasets.Dataset], keep: list[Any] | None) -> tuple[dict[str, datasets.Dataset], list[str]]:
-    """Labels as numbers of one list of names; with `keep`, only those classes, in that order."""
-    first = next(iter(splits.values()))
-    feature = first.features["label"]
-    if isinstance(feature, datasets.ClassLabel):
-        names = list(feature.names)
-        values = {split: list(rows["label"]) for split, rows in splits.items()}
-    else:
-        raw = {split: list(rows["label"]) for split, rows in splits.items()}
-        present = {v for values_ in raw.values() for v in values_ if v is not None and v != -1}
-        order = sorted(present)
-        names = [str(v) for v in order]
-        position = {v: i for i, v in enumerate(order)}
-        values = {split: [position.get(v, -1) for v in vs] for split, vs in raw.items()}
+# --- labels ------------------------------------------------------------------------------------------------------
+
+
+def _settle_labels(parts: dict[str, _Part], roles: dict[str, str], data: Data) -> list[str] | None:
+    """Labels as numbers of one list of names, -1 where a row has none; with `labels`, only those classes, in that order."""
+    if "label" not in roles:
+        if data.labels:
+            raise RecipeError("data.labels: the data have no class column", "name it: data.columns.label=COLUMN")
+        return None
+    names, classes = _number_labels({split: part.rows for split, part in parts.items()})
     chosen = list(range(len(names)))
-    if keep:
-        unknown = [str(k) for k in keep if str(k) not in names]
-        if unknown:
-            raise RecipeError(f"data.labels: there is no class '{unknown[0]}'", nearest(unknown[0], names))
-        chosen = [names.index(str(k)) for k in keep]
-    new = {old: i for i, old in enumerate(chosen)}
-    out = {}
+    if data.labels:
+        chosen = [_class_number(label, names) for label in data.labels]
+    table = np.full(len(names) + 1, -1)  # the last place is for rows without a label
+    table[chosen] = np.arange(len(chosen))
+    for split, part in parts.items():
+        part.classes = table[classes[split]]
+        if "label" in part.rows.column_names:
+            part.rows = part.rows.remove_columns("label")
+        part.rows = part.rows.add_column("label", part.classes)
+        if data.labels:
+            part.narrow(part.classes >= 0)
+    train = parts.get("train")
+    if train is not None and train.classes is not None and len(train.keep) and not (train.classes[train.keep] >= 0).any():
+        raise DataError("no training row has a label", "name the column of the classes: data.columns.label=COLUMN")
+    return [names[i] for i in chosen]
+
+
+def _class_number(label: Any, names: list[str]) -> int:
+    if str(label) in names:
+        return names.index(str(label))
+    if isinstance(label, int) and 0 <= label < len(names):
+        return label
+    raise RecipeError(f"data.labels: there is no class '{label}'", nearest(str(label), names))
+
+
+def _number_labels(splits: dict[str, datasets.Dataset]) -> tuple[list[str], dict[str, np.ndarray]]:
+    """(names, split -> class numbers). Named classes keep their order, others are sorted; splits are matched by name."""
+    with_labels = {split: rows for split, rows in splits.items() if "label" in rows.column_names}
+    features = {split: rows.features["label"] for split, rows in with_labels.items()}
+    named = [feature for feature in features.values() if isinstance(feature, datasets.ClassLabel)]
+    columns = {split: arrow(rows, "label") for split, rows in with_labels.items()}
+    order: list[Any] = list(dict.fromkeys(name for feature in named for name in feature.names))
+    if len(named) < len(features):
+        values = {v for s in columns if features[s] not in named for v in pc.unique(columns[s]).to_pylist()} - {None}
+        in_training = set(pc.unique(columns["train"]).to_pylist()) if "train" in columns else values
+        if any(isinstance(v, int) for v in values) and -1 not in in_training:
+            values.discard(-1)  # by custom, -1 is a row without a label; but not where training rows have it
+        values = {str(v) for v in values} if named else values
+        order += sorted(values - set(order), key=lambda v: (isinstance(v, str), v))
+        _refuse_free_text(order, splits)
+    position = {value: i for i, value in enumerate(order)}
+    found = {}
     for split, rows in splits.items():
-        numbers = [-1 if v is None else v for v in values[split]]
-        rows = rows.remove_columns("label").add_column("label", [new.get(v, -1) for v in numbers])
-        out[split] = rows.select([i for i, v in enumerate(numbers) if v in new]) if keep else rows
-    return out, [names[i] for i in chosen]
+        found[split] = np.full(len(rows), -1)
+        if split in columns:
+            found[split] = _positions(columns[split], features[split], position, bool(named))
+    return [str(value) for value in order], found
 
 
-def _row_hashes(rows: datasets.Dataset, roles: dict[str, str], label: bool = False) -> np.ndarray:
-    """64-bit hashes of what a row holds, images as their encoded bytes; the label only on request."""
-    columns = [role for role in roles if role != "label" or label]
-    plain = rows
-    for role in columns:
-        if isinstance(rows.features[role], datasets.Image):
-            plain = plain.cast_column(role, datasets.Image(decode=False))
-    hashes = np.empty(len(plain), dtype=np.uint64)
-    start = 0
-    for batch in plain.select_columns([*columns, *(["index"] if label else [])]).iter(1000):
-        for row in zip(*batch.values(), strict=True):
-            hashes[start] = int.from_bytes(hashlib.blake2b(repr([_content(v) for v in row]).encode(), digest_size=8).digest(), "little")
-            start += 1
-    return hashes
+def _positions(column: Any, feature: Any, position: dict[Any, int], by_name: bool) -> np.ndarray:
+    """The place of every value in the list of names; -1 for a row without a label."""
+    encoded = pc.dictionary_encode(column)
+    encoded = encoded.combine_chunks() if isinstance(encoded, pa.ChunkedArray) else encoded
+    values = encoded.dictionary.to_pylist()
+    if isinstance(feature, datasets.ClassLabel):
+        values = [feature.names[v] if v is not None and 0 <= v < feature.num_classes else None for v in values]
+    elif by_name:
+        values = [str(v) for v in values]
+    table = np.array([position.get(value, -1) for value in values] + [-1])
+    return table[encoded.indices.fill_null(len(values)).to_numpy(zero_copy_only=False)]
 
 
-def _content(value: Any) -> Any:
-    if isinstance(value, dict) and "bytes" in value:
-        return value["bytes"] if value["bytes"] is not None else value["path"]
-    return value
+def _refuse_free_text(names: list[Any], splits: dict[str, datasets.Dataset]) -> None:
+    rows = len(next(iter(splits.values())))
+    if len(names) > max(100, rows // 2):
+        cause = f"the column of the classes holds {len(names)} different values in {rows} rows"
+        raise DataError(cause, "this looks like no class; name another: data.columns.label=COLUMN")
 
 
-def _clean(
-    splits: dict[str, datasets.Dataset], hashes: dict[str, np.ndarray], roles: dict[str, str], drop: set[str], name: str
-) -> tuple[dict[str, datasets.Dataset], dict[str, int], dict[str, np.ndarray]]:
-    """Count empty, duplicate and overlapping rows; drop those kinds that `drop` names. Duplicates and overlaps leave `train`."""
-    masks: dict[str, dict[str, np.ndarray]] = {split: {} for split in splits}
-    held_out = [hashes[split] for split in splits if split != "train"]
-    for split, rows in splits.items():
-        masks[split]["empty"] = _empty(rows, roles)
-        if split == "train":
-            _, first = np.unique(hashes[split], return_index=True)
-            masks[split]["duplicates"] = ~np.isin(np.arange(len(rows)), first)
-            masks[split]["overlap"] = np.isin(hashes[split], np.concatenate(held_out)) if held_out else np.zeros(len(rows), dtype=bool)
-    counts = {kind: int(sum(m[kind].sum() for m in masks.values() if kind in m)) for kind in ("empty", "duplicates", "overlap")}
-    for kind, what in (("empty", "empty rows"), ("duplicates", "repeated training rows"), ("overlap", "training rows that are also in validation or test")):
+def _warn_of_classes(parts: dict[str, _Part], labels: list[str], name: str) -> None:
+    for split, part in parts.items():
+        assert part.classes is not None
+        counts = np.bincount(part.classes[part.keep][part.classes[part.keep] >= 0], minlength=len(labels))
+        if (counts > 0).sum() == 1 and counts.sum() > 1:
+            only = labels[int(counts.argmax())]
+            logger.warning("data '%s': all %d rows of %s have a single class, '%s'", name, counts.sum(), split, only)
+        elif split == "train" and (counts == 0).any():
+            missing = [label for label, count in zip(labels, counts, strict=True) if not count]
+            shown = ", ".join(missing[:5])
+            logger.warning("data '%s': %d classes have no training rows: %s", name, len(missing), shown)
+
+
+# --- rows --------------------------------------------------------------------------------------------------------
+
+
+def _row_hashes(rows: datasets.Dataset, roles: list[str]) -> np.ndarray:
+    """64-bit hashes of what a row holds, images as their encoded bytes."""
+    total = np.zeros(len(rows), dtype=np.uint64)
+    for role in roles:
+        digests = bytearray()
+        for values in _contents(rows, role):
+            for value in values:
+                digests += hashlib.blake2b(value, digest_size=8).digest()
+        total = total * np.uint64(0x9E3779B97F4A7C15) + np.frombuffer(bytes(digests), dtype="<u8")
+    return total
+
+
+def _contents(rows: datasets.Dataset, role: str, size: int = 1000) -> Iterator[list[bytes]]:
+    """A column's values as bytes, some rows at a time."""
+    image = isinstance(rows.features[role], datasets.Image)
+    for chunk in arrow(rows, role).chunks:
+        for start in range(0, len(chunk), size):
+            values = chunk.slice(start, size).to_pylist()
+            yield [_image_content(v) if image else v.encode() if isinstance(v, str) else repr(v).encode() for v in values]
+
+
+def _image_content(value: dict[str, Any] | None) -> bytes:
+    if value is None or value["bytes"] is not None:
+        return b"" if value is None else value["bytes"]
+    try:
+        with open(value["path"], "rb") as file:
+            return str(file.seek(0, 2)).encode() + (file.seek(0), file.read(_HEAD))[1]
+    except OSError:
+        return str(value["path"]).encode()
+
+
+def _clean(parts: dict[str, _Part], roles: dict[str, str], drop: set[str], name: str) -> dict[str, int]:
+    """Count rows that are empty, without a label, repeated or shared between splits; drop the kinds that `drop` names.
+
+    Repeated and shared rows, and those without a label, leave `train` only: what is measured on stays as it is.
+    """
+    masks: dict[str, dict[str, np.ndarray]] = {split: {"empty": _empty(part.rows, roles)} for split, part in parts.items()}
+    train = parts.get("train")
+    if train is not None:
+        inside = np.zeros(len(train.rows), dtype=bool)
+        inside[train.keep] = True
+        _, first = np.unique(train.hashes[train.keep], return_index=True)
+        repeated = inside.copy()
+        repeated[train.keep[first]] = False
+        held_out = [part.hashes[part.keep] for split, part in parts.items() if split != "train"]
+        shared = np.isin(train.hashes, np.concatenate(held_out)) if held_out else np.zeros(len(inside), dtype=bool)
+        masks["train"].update(duplicates=repeated, overlap=shared & inside)
+        if train.classes is not None:
+            masks["train"]["unlabelled"] = (train.classes < 0) & inside
+    counts = {}
+    for kind, what in (
+        ("empty", "empty rows"),
+        ("unlabelled", "training rows without a label"),
+        ("duplicates", "repeated training rows"),
+        ("overlap", "training rows that are also in validation or test"),
+    ):
+        counts[kind] = int(sum(m[kind][parts[split].keep].sum() for split, m in masks.items() if kind in m))
         if counts[kind]:
-            logger.warning("data '%s': %d %s%s", name, counts[kind], what, ", dropped" if kind in drop else "; data.drop can drop them")
-    for split in list(splits):
-        bad = np.zeros(len(splits[split]), dtype=bool)
-        for kind in drop:
-            bad |= masks[split].get(kind, bad)
-        if bad.any():
-            keep = np.flatnonzero(~bad)
-            splits[split], hashes[split] = splits[split].select(keep), hashes[split][keep]
-    return splits, counts, hashes
+            end = ", dropped" if kind in drop else f"; data.drop=[{kind}] drops them"
+            logger.warning("data '%s': %d %s%s", name, counts[kind], what, end)
+    for split, part in parts.items():
+        for kind in drop & set(masks[split]):
+            part.narrow(~masks[split][kind])
+        _fill_gaps(part, split, name)
+    return counts
 
 
 def _empty(rows: datasets.Dataset, roles: dict[str, str]) -> np.ndarray:
-    bad = np.zeros(len(rows), dtype=bool)
-    for role in ("text", "prompt", "completion"):
-        if role in roles:
-            bad |= np.array([value is None or len(value if isinstance(value, list) else value.strip()) == 0 for value in rows[role]])
-    return bad
+    """Rows without an image, or with nothing in one of their texts."""
+    bad_N = np.zeros(len(rows), dtype=bool)
+    for role in roles:
+        column = arrow(rows, role)
+        if isinstance(rows.features[role], datasets.Image):
+            bad_N |= _no_image(column)
+        elif role in _TEXT_ROLES:
+            length = pc.utf8_length(pc.utf8_trim_whitespace(column)) if _is_text(column) else pc.list_value_length(column)
+            bad_N |= _mask(pc.equal(length.fill_null(0), 0))
+    return bad_N
 
 
-def _hold_out(splits: dict[str, datasets.Dataset], data: Data) -> dict[str, datasets.Dataset]:
-    """A validation split from the training rows where there is none; stratified by class as far as rows allow."""
-    if "validation" in splits or "train" not in splits:
-        return splits
-    rows = splits["train"]
-    size = int(data.validation_size) if data.validation_size >= 1 else max(1, round(len(rows) * data.validation_size))
-    if size >= len(rows):
-        raise DataError(f"validation_size asks for {size} of {len(rows)} training rows", "give fewer, or a validation split")
-    order = np.random.default_rng([data.seed, 1]).permutation(len(rows))
-    if "label" in rows.column_names:
-        labels = np.asarray(rows["label"])[order]
-        rank = np.zeros(len(order))
-        for c in np.unique(labels):  # take the same share of every class
-            members = np.flatnonzero(labels == c)
+def _mask(values: Any) -> np.ndarray:
+    return np.asarray(values.to_numpy() if isinstance(values, pa.ChunkedArray) else values, dtype=bool)
+
+
+def _is_text(column: Any) -> bool:
+    return bool(pa.types.is_string(column.type) or pa.types.is_large_string(column.type))
+
+
+def _no_image(column: Any) -> np.ndarray:
+    neither = pc.and_(pc.is_null(pc.struct_field(column, "bytes")), pc.is_null(pc.struct_field(column, "path")))
+    return _mask(pc.or_(neither, pc.is_null(column)))
+
+
+def _fill_gaps(part: _Part, split: str, name: str) -> None:
+    """Missing texts become empty ones; a missing image cannot be made up."""
+    order = part.rows.column_names
+    for role, feature in list(part.rows.features.items()):
+        column = arrow(part.rows, role)
+        if isinstance(feature, datasets.Image):
+            gaps = int(_no_image(column)[part.keep].sum())
+            if gaps:
+                raise DataError(f"data '{name}': {gaps} rows of {split} have no image", "leave them out: data.drop=[empty]")
+        elif column.null_count and _is_text(column):
+            filled = pc.fill_null(column, "").combine_chunks()
+            part.rows = part.rows.remove_columns(role).add_column(role, filled, feature=feature).select_columns(order)
+
+
+# --- splits ------------------------------------------------------------------------------------------------------
+
+
+def _hold_out(parts: dict[str, _Part], data: Data, name: str) -> None:
+    """A validation split from the training rows where there is none: stratified by class as far as rows allow; copies of a row
+    stay together."""
+    if "validation" in parts or "train" not in parts:
+        return
+    train = parts["train"]
+    count = len(train.keep)
+    size = int(data.validation_size) if data.validation_size >= 1 else max(1, round(count * data.validation_size))
+    if size >= count:
+        cause = f"data '{name}': validation_size asks for {size} of {count} training rows"
+        raise DataError(cause, "give fewer, or a validation split")
+    order = train.keep[np.random.default_rng([data.seed, 1]).permutation(count)]
+    if train.classes is not None:
+        classes = train.classes[order]
+        rank = np.zeros(count)
+        for c in np.unique(classes):  # take the same share of every class
+            members = np.flatnonzero(classes == c)
             rank[members] = (np.arange(len(members)) + 0.5) / len(members)
         order = order[np.argsort(rank, kind="stable")]
-    return {**splits, "train": rows.select(np.sort(order[size:])), "validation": rows.select(np.sort(order[:size]))}
+    held = np.isin(train.hashes[train.keep], train.hashes[order[:size]])
+    if held.all():
+        raise DataError(f"data '{name}': all training rows are copies of one another", "give a validation split")
+    parts["validation"] = _Part(train.rows, train.keep[held], train.classes, train.hashes)
+    train.keep = train.keep[~held]
+    logger.info("data '%s': no validation split; %d training rows serve (data.validation_size)", name, int(held.sum()))
 
 
-def _limit(rows: datasets.Dataset, split: str, data: Data) -> datasets.Dataset:
+def _limit(part: _Part, split: str, data: Data) -> None:
+    """`k_shot` training rows of every class, and at most `max_examples` of a split, drawn with the data's seed."""
     random = np.random.default_rng([data.seed, 2])
     if split == "train" and data.k_shot:
-        if "label" not in rows.column_names:
+        if part.classes is None:
             raise RecipeError("data.k_shot: the data have no classes", "use data.max_examples")
-        labels = np.asarray(rows["label"])
-        order = random.permutation(len(rows))
-        keep = np.concatenate([order[labels[order] == c][: data.k_shot] for c in np.unique(labels[labels >= 0])])
-        short = [int(c) for c in np.unique(labels[labels >= 0]) if (labels == c).sum() < data.k_shot]
+        order = random.permutation(part.keep)
+        classes = part.classes[order]
+        present = np.unique(classes[classes >= 0])
+        part.keep = np.sort(np.concatenate([order[classes == c][: data.k_shot] for c in present]))
+        short = sum(int((classes == c).sum() < data.k_shot) for c in present)
         if short:
-            logger.warning("data.k_shot=%d: %d classes have fewer training rows", data.k_shot, len(short))
-        rows = rows.select(np.sort(keep))
+            logger.warning("data.k_shot=%d: %d classes have fewer training rows", data.k_shot, short)
     limits = data.max_examples or {}
     limit = limits if isinstance(limits, int) else limits.get(split)
-    if limit and limit < len(rows):
-        rows = rows.select(np.sort(random.permutation(len(rows))[:limit]))
-    return rows
+    if limit and limit < len(part.keep):
+        part.keep = np.sort(random.permutation(part.keep)[:limit])

@@ -19,6 +19,7 @@ NAMES = ("source", "target", "captions")
 _SHOTS, _VALIDATION = 5, 150
 
 
+@functools.cache
 def load(name: str | None) -> datasets.DatasetDict:
     """Columns `image` (RGB-able 8x8 PNG) and `label` (class names zero to nine); `captions` also has `text`."""
     pixels_NHW, labels_N = _arrays()

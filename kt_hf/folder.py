@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -11,85 +12,130 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from kt_hf import checkpoint
-from kt_hf.errors import IntegrityError, RecipeError
+from kt_hf import checkpoint, failing
+from kt_hf.errors import IntegrityError, RecipeError, ResourceError
+from kt_hf.nouns import name_of, verb_of
+from kt_hf.recipe_yaml import from_yaml, to_yaml
 
 logger = logging.getLogger(__name__)
 
 
 def open_folder(folder: Path, recipe: dict[str, Any], overwrite: bool, allow_changed: Sequence[str]) -> None:
     """Make sure that the folder is new, or holds this recipe; otherwise refuse, naming what differs."""
-    with checkpoint.disk(folder):
-        if folder.exists() and any(p.name != ".lock" and p.name != "error.json" for p in folder.iterdir()):
+    with _writable(folder):
+        if not failing.is_blank(folder):
             if overwrite:
                 _set_aside(folder)
             else:
                 _check_same(folder, recipe, allow_changed)
         folder.mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=120)
-        checkpoint.write(folder / ".recipe.partial", [text.encode()])
+        _check_links(folder)
+        checkpoint.write(folder / ".recipe.partial", [to_yaml(recipe).encode()])
         os.replace(folder / ".recipe.partial", folder / "recipe.yaml")
         (folder / "error.json").unlink(missing_ok=True)
 
 
+@contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    """Turn what the file system refuses into a `ResourceError` that names the folder."""
+    try:
+        with checkpoint.disk(folder):
+            yield
+    except OSError as error:
+        if error.errno in failing.UNWRITABLE:
+            raise ResourceError(f"cannot write to {folder}: {error.strerror}", "choose another --output-dir") from error
+        raise
+
+
 def _set_aside(folder: Path) -> None:
+    """Rename everything in the folder into a new one beside it."""
+    where = folder.resolve()
+    if where in (Path.cwd(), *Path.cwd().parents):
+        raise RecipeError(
+            f"--overwrite would set aside {folder}, which the current folder is in", "name another --output-dir"
+        )
     n = 1
-    while (aside := folder.with_name(f"{folder.name}.old-{n}")).exists():
+    while (aside := where.with_name(f"{where.name}.old-{n}")).exists():
         n += 1
     aside.mkdir()
-    for path in folder.iterdir():
+    for path in where.iterdir():
         if path.name != ".lock":
             os.rename(path, aside / path.name)
     logger.warning("the former content of %s is now in %s", folder, aside)
 
 
 def _check_same(folder: Path, recipe: dict[str, Any], allow_changed: Sequence[str]) -> None:
-    if not (folder / "recipe.yaml").is_file():
-        raise RecipeError(f"{folder} is not empty and was not written by kt_hf", "choose another --output-dir, or --overwrite to set it aside")
-    former = yaml.safe_load((folder / "recipe.yaml").read_text())
-    differing = sorted(set(_flat(former).items()) ^ set(_flat(recipe).items()))
-    keys = sorted({key for key, _ in differing if key != "kt_hf_version"})
+    if not failing.is_ours(folder):
+        remedy = "choose another --output-dir, or --overwrite to set it aside"
+        raise RecipeError(f"{folder} is not empty and was not written by kt_hf", remedy)
+    old, new = _flat(from_yaml(str(folder / "recipe.yaml"))), _flat(recipe)
+    keys = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k) and k != "kt_hf_version")
+    if keys and not _begun(folder):
+        logger.info("nothing was finished or saved in %s: starting with the changed settings", folder)
+        return
     refused = [key for key in keys if not any(key == a or key.startswith(f"{a}.") for a in allow_changed)]
     if refused:
-        old, new = _flat(former), _flat(recipe)
-        shown = "; ".join(f"{k}: {old.get(k, '(absent)')} -> {new.get(k, '(absent)')}" for k in refused[:6])
+        shown = "; ".join(f"{k}: {old.get(k, '(absent)')} -> {new.get(k, '(absent)')}" for k in refused[:10])
+        more = f" and {len(refused) - 10} others" if len(refused) > 10 else ""
         raise RecipeError(
-            f"{folder} holds a run with other settings: {shown}{' ...' if len(refused) > 6 else ''}",
+            f"{folder} holds a run with other settings: {shown}{more}",
             "use another --output-dir, --allow-changed KEY to continue all the same, or --overwrite to set the old run aside",
         )
     for key in keys:
-        logger.warning("continuing with a changed setting: %s", key)
+        change = f"{old.get(key, '(absent)')} -> {new.get(key, '(absent)')}"
+        logger.warning("continuing with a changed setting: %s: %s (finished stages stay as they are)", key, change)
+
+
+def _begun(folder: Path) -> bool:
+    """Whether a stage is finished or has a checkpoint: something that depends on the settings it was made with."""
+    return any(folder.glob("**/stage.json")) or any(folder.glob("**/checkpoints/step-*"))
+
+
+def _check_links(folder: Path) -> None:
+    """Refuse symbolic links that would lead what is written out of the folder."""
+    root = folder.resolve()
+    for path in folder.iterdir():
+        if path.is_symlink() and not path.resolve().is_relative_to(root):
+            raise IntegrityError(f"{path} is a link that leads out of the output folder", "remove the link")
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, str]:
+    """Dotted key -> value; stages and strategies go by their names, in their order."""
     if isinstance(value, dict) and value:
         return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{prefix}.{key}".strip(".")).items()}
-    if isinstance(value, list) and value:
-        out: dict[str, str] = {}
-        for i, inner in enumerate(value):
-            name = str(i)
-            if isinstance(inner, dict):  # stages and strategies go by their names
-                verb = next((v for v in ("train", "merge", "ensemble", "evaluate") if v in inner), None)
-                name = str(inner[verb]) if verb else next(iter(inner)) if len(inner) == 1 else name
+    if not isinstance(value, list) or not value:
+        return {prefix: repr(value)}
+    out: dict[str, str] = {}
+    names = [name_of(item) if isinstance(item, dict) else "" for item in value]
+    if all(names) and len(set(names)) == len(names):
+        for name, item in zip(names, value, strict=True):
+            inner = item if verb_of(item) else item.get(name, item)
             out.update(_flat(inner, f"{prefix}.{name}".strip(".")))
+        out[f"{prefix} (order)"] = ", ".join(names)
         return out
-    return {prefix: repr(value)}
+    for i, item in enumerate(value):
+        out.update(_flat(item, f"{prefix}.{i}".strip(".")))
+    return out
 
 
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
     """Hold the folder for this process; a kernel lock, so that a killed run leaves nothing behind."""
-    with checkpoint.disk(folder):
+    with _writable(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        ours = failing.is_blank(folder) or (folder / ".lock").exists()
         handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RecipeError(f"another process is running in {folder}", "wait for it, or use another --output-dir") from None
+            remedy = "wait for it, or use another --output-dir"
+            raise RecipeError(f"another process is running in {folder}", remedy) from None
         yield
+    except RecipeError:
+        if not ours and not failing.is_ours(folder):  # refused: leave no trace in somebody else's folder
+            (folder / ".lock").unlink(missing_ok=True)
+        raise
     finally:
         os.close(handle)
 
@@ -106,26 +152,26 @@ def finished(folder: Path) -> dict[str, Any] | None:
     try:
         facts = json.loads((folder / "stage.json").read_text())
         for name, expected in facts["files"].items():
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise IntegrityError(f"its record names the file '{name}'", "")
             path = folder / name
             if not path.is_file() or path.stat().st_size != expected["size"]:
                 raise IntegrityError(f"{path} is missing or of another size", "")
             with open(path, "rb") as file:
-                import hashlib
-
                 if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
                     raise IntegrityError(f"{path} is not as it was written", "")
         return facts
-    except (ValueError, KeyError, IntegrityError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, IntegrityError) as error:
         logger.warning("%s is run again: %s", folder.name, getattr(error, "cause", error))
         return None
 
 
 def finish(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """Record that a stage is complete, with the hashes of its files."""
-    import hashlib
-
     files: dict[str, dict[str, Any]] = {}
-    for path in sorted(p for name in ("model", "predictions.parquet", "arrays.safetensors") for p in _files(folder / name)):
+    for path in sorted(
+        p for name in ("model", "predictions.parquet", "arrays.safetensors") for p in _files(folder / name)
+    ):
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             os.fsync(file.fileno())
@@ -138,4 +184,4 @@ def finish(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _files(path: Path) -> list[Path]:
-    return [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else []
+    return [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file() and p.name != "README.md"] if path.is_dir() else []

@@ -6,7 +6,6 @@ Torch is not imported before the grammar has been checked.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import signal
@@ -15,18 +14,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kt_hf import failing
 from kt_hf import recipe as grammar
-from kt_hf.errors import Collector, KtError, RecipeError
+from kt_hf.errors import Collector
 
 
 def parser(prog: str | None = None) -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog=prog, description="Run a recipe.", epilog="settings: dotted key=value, such as training.max_steps=60")
+    epilog = "settings: dotted key=value, such as training.max_steps=60"
+    p = argparse.ArgumentParser(prog=prog, description="Run a recipe.", epilog=epilog, allow_abbrev=False)
     p.add_argument("settings", nargs="*", metavar="key=value", help="overrides; lists are entered by index or by name")
     p.add_argument("--config", metavar="FILE", help="YAML file of further settings, or of a whole recipe")
     p.add_argument("--output-dir", metavar="DIR", help="default: runs/<recipe>")
-    p.add_argument("--print", action="store_true", dest="print_only", help="print the resolved recipe and the plan, then stop")
+    p.add_argument(
+        "--print", action="store_true", dest="print_only", help="print the resolved recipe and the plan, then stop"
+    )
     p.add_argument("--overwrite", action="store_true", help="set the former content of the output folder aside")
-    p.add_argument("--allow-changed", metavar="KEY", action="append", default=[], help="continue a run although this setting has changed")
+    changed = "continue a run although this setting has changed"
+    p.add_argument("--allow-changed", metavar="KEY", action="append", default=[], help=changed)
     p.add_argument("--debug", action="store_true", help="tracebacks and more log lines")
     return p
 
@@ -40,48 +44,15 @@ def main(recipe: Any, argv: Sequence[str] | None = None) -> Any:
 
 def execute(recipe: Any, options: argparse.Namespace, name: str) -> Any:
     """Run with parsed options. A failure is one line of cause and one of remedy, `error.json`, and an exit code."""
-    output: list[Path] = []
+    output: list[Path] = [Path(options.output_dir)] if options.output_dir else []
     set_up_logging(options.debug)
     try:
         return _run(recipe, options, name, output)
-    except KtError as error:
+    except (Exception, KeyboardInterrupt) as error:
         if options.debug:
             logging.getLogger("kt_hf").exception("the failure in full")
-        fail(error.exit_code, _first(error), error.remedy, output)
-    except KeyboardInterrupt:
-        fail(130, "interrupted", "run the same command again to continue", output)
-    except Exception as error:
-        if options.debug:
-            raise
-        code, cause, remedy = unexpected(error)
-        fail(code, cause, remedy, output)
-
-
-def _first(error: KtError) -> str:
-    return str(error) if type(error).__name__ == "Mistakes" else error.cause
-
-
-def unexpected(error: Exception) -> tuple[int, str, str]:
-    """(exit code, cause, remedy) of an error that is not ours."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())[:400]
-    if type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "out of memory" in text.lower():
-        return 6, f"out of memory: {text}", "lower per_device_train_batch_size, set forward_chunk_size or gradient_checkpointing"
-    if isinstance(error, OSError) and error.errno in (13, 28, 30):
-        return 6, text, "check the free space and the rights of the output folder"
-    return 1, f"internal error: {text}", "run again with --debug and report the traceback"
-
-
-def fail(code: int, cause: str, remedy: str, output: list[Path]) -> None:
-    from kt_hf.hub import scrub
-
-    cause, remedy = scrub(cause), scrub(remedy)
-    print(f"error: {cause}" + (f"\n  -> {remedy}" if remedy else ""), file=sys.stderr, flush=True)
-    if output and int(os.environ.get("RANK", 0)) == 0 and output[0].is_dir():
-        try:
-            (output[0] / "error.json").write_text(json.dumps({"code": code, "cause": cause, "remedy": remedy}, indent=1))
-        except OSError:
-            pass
-    sys.exit(code)
+        folder = output[0] if output and not options.print_only else None
+        failing.fail(error, folder, create=bool(options.output_dir))
 
 
 def set_up_logging(debug: bool) -> None:
@@ -99,33 +70,29 @@ def set_up_logging(debug: bool) -> None:
 
 def read_changes(options: argparse.Namespace, raw: dict[str, Any], collect: Collector) -> dict[str, Any]:
     """The recipe with `--config` and the command line's settings applied, in that order."""
-    changes: list[tuple[list[str], Any]] = []
+    config: list[grammar.Change] = []
     if options.config:
-        loaded = grammar.from_yaml(options.config)
-        if "stages" in loaded and isinstance(loaded["stages"], list):
-            raw = grammar.normalise(loaded)
-        else:
-            changes += _leaves(loaded)
+        with collect():
+            loaded = grammar.from_yaml(options.config)
+            if isinstance(loaded.get("stages"), list):
+                raw = grammar.normalise(loaded)
+            else:
+                config = grammar.leaves(loaded)
+    changes: list[grammar.Change] = []
     for text in options.settings:
         with collect():
             changes.append(grammar.parse_override(text))
-    grammar.override(raw, changes, collect)
+    grammar.override(raw, changes, collect, config)
     return grammar.normalise(raw)
-
-
-def _leaves(value: Any, path: tuple[str, ...] = ()) -> list[tuple[list[str], Any]]:
-    if isinstance(value, dict) and value:
-        return [leaf for key, inner in value.items() for leaf in _leaves(inner, (*path, str(key)))]
-    return [(list(path), value)]
 
 
 def _run(recipe: Any, options: argparse.Namespace, name: str, output: list[Path]) -> Any:
     collect = Collector()
     raw = read_changes(options, grammar.normalise(recipe), collect)
     resolved = grammar.resolve(raw, collect)
-    collect.raise_if_any()
     folder = Path(options.output_dir or Path("runs") / (resolved.name or name))
-    output.append(folder)
+    output[:] = [folder]
+    grammar.raise_all(resolved, collect)
     set_threads(resolved)
     die_with_parent()
     from kt_hf import runner  # imports torch
@@ -159,7 +126,11 @@ def set_threads(resolved: Any) -> None:
 
 def die_with_parent() -> None:
     """Ask Linux for a SIGTERM when a launcher dies, so that no orphan trains on. Only under a launcher."""
-    if sys.platform != "linux" or "ACCELERATE_MIXED_PRECISION" not in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
+    if (
+        sys.platform != "linux"
+        or "ACCELERATE_MIXED_PRECISION" not in os.environ
+        and "TORCHELASTIC_RUN_ID" not in os.environ
+    ):
         return
     import ctypes
 
@@ -167,8 +138,3 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
     except (OSError, AttributeError):
         pass
-
-
-def check_output_name(name: str) -> None:
-    if ".." in Path(name).parts:
-        raise RecipeError(f"--output-dir: got '{name}'", "name a folder without '..'")

@@ -277,16 +277,22 @@ def train_tokenizer(texts: Iterable[str], causal: bool = False, vocab_size: int 
         special = {"eos_token": "<|end|>", "pad_token": "<|pad|>"}
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=list(special.values()), initial_alphabet=alphabet, show_progress=False)
+        tokenizer.train_from_iterator(texts, trainer)
     else:
         special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
-        tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))  # type: ignore[call-arg]
+        # The WordPiece trainer numbers its pieces differently in every process, and ranks and resumed runs must agree;
+        # the one for BPE does not. So: the pieces of BPE, each for the beginning of a word and for the rest of one.
+        tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
         tokenizer.normalizer = normalizers.BertNormalizer()
         tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        trainer = trainers.BpeTrainer(vocab_size=max(vocab_size // 2, 1), special_tokens=list(special.values()), show_progress=False)
+        tokenizer.train_from_iterator(texts, trainer)
+        found = tokenizer.get_vocab()
+        whole = sorted(found, key=found.__getitem__)
+        pieces = [*whole, *(f"##{piece}" for piece in whole[len(special) :])]
+        tokenizer.model = models.WordPiece(vocab={piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]")  # type: ignore[call-arg]
         tokenizer.decoder = decoders.WordPiece()
-        trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=list(special.values()), show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
-    if not causal:
-        cls, sep = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
+        cls, sep = (tokenizer.token_to_id(special[name]) for name in ("cls_token", "sep_token"))
         tokenizer.post_processor = processors.TemplateProcessing(
             single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", cls), ("[SEP]", sep)]
         )

@@ -30,7 +30,10 @@ _OF_BOTH_TOWERS = (*_TOWERS, "projection_dim", "dtype", "attn_implementation")
 
 def normalise(recipe: Any) -> dict[str, Any]:
     """The recipe as nested mappings, with short forms written out, so that overrides find their way."""
-    raw = copy.deepcopy(plain(recipe))
+    try:
+        raw = copy.deepcopy(plain(recipe))
+    except RecursionError as error:
+        raise RecipeError("the recipe contains itself", "write it as plain mappings and lists") from error
     if not isinstance(raw, dict):
         raise RecipeError(f"a recipe is a mapping, got {type(raw).__name__}", "start with `stages:`")
     if isinstance(raw.get("data"), str):
@@ -84,9 +87,7 @@ def leaves(value: Any, path: Sequence[str] = ()) -> list[Change]:
 # --- applying changes --------------------------------------------------------------------------------------------------
 
 
-def override(
-    raw: dict[str, Any], changes: Sequence[Change], collect: Collector, config: Sequence[Change] = ()
-) -> None:
+def override(raw: dict[str, Any], changes: Sequence[Change], collect: Collector, config: Sequence[Change] = ()) -> None:
     """Apply changes to a normalised recipe in place; those of `config` first. Lists are entered by index or by name."""
     changes, config = _spell_out(changes), _spell_out(config)
     anew = [path for path, _ in changes if _kind(path)]
@@ -96,9 +97,9 @@ def override(
         _start_anew(raw, path)
     # Whatever holds for all stages comes before what holds for one, and a whole before its parts.
     for part in (config, changes):
+        for path, _ in part:
+            _make_way(raw, path)
         for path, value in sorted(part, key=lambda change: (change[0][0] == "stages", len(change[0]))):
-            if path[0] == "training" and len(path) > 1:
-                _clear_stages(raw, path[1])
             _set(raw, path, value, collect)
 
 
@@ -106,7 +107,12 @@ def _spell_out(changes: Sequence[Change]) -> list[Change]:
     """Short forms in full: `model=DIR` is `model.path=DIR`, `training={a: 1}` is `training.a=1`."""
     out: list[Change] = []
     for path, value in changes:
-        noun = path[-1] in ("model", "base", "training") or path == ["data"] or path[-2:-1] == ["model"] and path[-1] in _TOWERS
+        noun = (
+            path[-1] in ("model", "base", "training")
+            or path == ["data"]
+            or path[-2:-1] == ["model"]
+            and path[-1] in _TOWERS
+        )
         named_set = path[:1] == ["data"] and len(path) == 2 and path[1] not in settings.parameters(Data)
         if isinstance(value, dict) and value and (noun or path[-1] == "data"):
             out += _spell_out(leaves(value, path))
@@ -136,29 +142,29 @@ def _under(path: list[str], node: list[str]) -> bool:
 
 def _start_anew(raw: dict[str, Any], path: list[str]) -> None:
     """Clear what described the former data or model."""
-    node: Any = raw
-    for part in path[:-1]:
-        if not isinstance(node, (dict, list)):
-            return
-        outer, node = node, _look(node, part)
-    if not isinstance(node, dict):
-        return
-    if not (path[-2] == "data" and several(node)):
+    node, outer = _at(raw, path[:-1]), _at(raw, path[:-2])
+    if isinstance(node, dict) and not (path[-2] == "data" and several(node)):
         node.clear()
     if _kind(path) == "tower" and isinstance(outer, dict):
         for key in [key for key in outer if key not in _OF_BOTH_TOWERS]:
             del outer[key]
 
 
-def _clear_stages(raw: dict[str, Any], key: str) -> None:
-    """Take a training setting, and what it replaces, from every stage; and what it replaces from the recipe."""
+def _make_way(raw: dict[str, Any], path: list[str]) -> None:
+    """Take what a training setting replaces: on the spot, and from all stages where it is the recipe's."""
+    if path[-2:-1] != ["training"] and path[:1] != ["training"] or len(path) < 2:
+        return
+    key = path[path.index("training") + 1]
     other = REPLACES.get(key)
-    for stage in raw["stages"] if isinstance(raw.get("stages"), list) else []:
-        if isinstance(stage, dict) and isinstance(stage.get("training"), dict):
-            stage["training"].pop(key, None)
-            stage["training"].pop(other, None)
-    if isinstance(raw.get("training"), dict):
-        raw["training"].pop(other, None)
+    nodes = [_at(raw, path[: path.index("training") + 1])]
+    if path[0] == "training":
+        stages = raw["stages"] if isinstance(raw.get("stages"), list) else []
+        nodes += [stage.get("training") for stage in stages if isinstance(stage, dict)]
+    for i, node in enumerate(nodes):
+        if isinstance(node, dict):
+            node.pop(other, None)
+            if i > 0:
+                node.pop(key, None)
 
 
 def _position(items: list[Any], part: str) -> int | None:
@@ -170,14 +176,18 @@ def _position(items: list[Any], part: str) -> int | None:
     return number if number is not None and -len(items) <= number < len(items) else None
 
 
-def _look(node: Any, part: str) -> Any:
-    """What a path's next part leads to, without making it; None for nothing."""
-    if isinstance(node, dict):
-        return node.get(part)
-    if isinstance(node, list):
-        position = _position(node, part)
-        return None if position is None else node[position]
-    return None
+def _at(raw: dict[str, Any], path: list[str]) -> Any:
+    """What a path leads to, without making it; None for nothing."""
+    node: Any = raw
+    for part in path:
+        if isinstance(node, dict):
+            node = node.get(part)
+        elif isinstance(node, list):
+            position = _position(node, part)
+            node = None if position is None else node[position]
+        else:
+            return None
+    return node
 
 
 def _set(raw: dict[str, Any], path: list[str], value: Any, collect: Collector) -> None:
@@ -188,20 +198,27 @@ def _set(raw: dict[str, Any], path: list[str], value: Any, collect: Collector) -
         if below is None:
             _refuse(node, path, i, collect)
             return
-        inside_plugin = isinstance(node, list) and isinstance(below, dict) and len(below) == 1 and verb_of(below) is None
-        i, node = i + 1, below
-        if inside_plugin:  # an item `{lora: {...}}`: both `strategies.lora.r` and `strategies.0.lora.r` lead into it
-            name, inner = next(iter(below.items()))
-            if inner is None:
-                inner = below[name] = {}
-            if i == len(path) - 1 and path[i] == name:
+        i += 1
+        if _is_plugin(node, below, path[i - 2 : i - 1]):
+            # Both `strategies.lora.r` and `strategies.0.lora.r` lead into an item `{lora: {...}}`.
+            name = name_of(below)
+            if path[i] == name and i == len(path) - 1:
+                node = below
                 break
-            node = inner
+            inner = below[name] = {} if below[name] is None else below[name]
             i += path[i] == name and isinstance(inner, dict) and name not in inner
+            below = inner
+        node = below
         if not isinstance(node, (dict, list)):
             _refuse(node, path, i, collect)
             return
     _put(node, path, value, collect)
+
+
+def _is_plugin(node: Any, below: Any, owner: list[str]) -> bool:
+    """Whether `below` is an item `{name: settings}` of a list."""
+    single = isinstance(below, dict) and len(below) == 1 and verb_of(below) is None
+    return isinstance(node, list) and single and owner != ["models"]
 
 
 def _put(node: Any, path: list[str], value: Any, collect: Collector) -> None:
@@ -218,8 +235,6 @@ def _put(node: Any, path: list[str], value: Any, collect: Collector) -> None:
         names = ", ".join(f"data.{key}.path" for key in node)
         collect.add("data.path: this recipe has several data sets", f"name one of them: {names}")
     else:
-        if path[-2:-1] == ["training"] and REPLACES.get(last) is not None:
-            node.pop(REPLACES[last], None)
         node[last] = value
 
 
@@ -235,7 +250,7 @@ def _enter(raw: dict[str, Any], node: Any, path: list[str], i: int) -> Any:
         return node[position]
     found = node.get(part)
     if found is None:
-        found = node[part] = {}
+        found = node[part] = [{"finetune": {}}] if part == "strategies" else {}
     elif isinstance(found, str) and part == "data" and node is not raw:
         shared = raw.get("data")
         known = shared.get(found) if isinstance(shared, dict) and several(shared) else None

@@ -1,9 +1,9 @@
 """The grammar, in one place for those who use it.
 
-    nouns          `Recipe`, `Data`, `Model`, `Training` and the four stages: what may be written
-    recipe_yaml    the same as YAML
-    overrides      changes from the command line and from `--config` files
-    checking       all mistakes of a recipe, together; the resolved recipe
+nouns          `Recipe`, `Data`, `Model`, `Training` and the four stages: what may be written
+recipe_yaml    the same as YAML
+overrides      changes from the command line and from `--config` files
+checking       all mistakes of a recipe, together; the resolved recipe
 """
 
 from kt_hf import settings
@@ -33,12 +33,13 @@ from kt_hf.nouns import (
     named,
     plain,
 )
-from kt_hf.overrides import leaves, normalise, override, parse_override
+from kt_hf.overrides import Change, leaves, normalise, override, parse_override
 from kt_hf.recipe_yaml import from_yaml, to_yaml
 
 __all__ = [
     "BASELINES",
     "STAGES",
+    "Change",
     "Data",
     "Ensemble",
     "Evaluate",

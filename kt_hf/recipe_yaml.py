@@ -33,7 +33,7 @@ _REFERENCE = re.compile(r"(?<=[\[,{:\s])@[\w.-]+")
 class _Loader(yaml.SafeLoader):
     """Plain values, each key once."""
 
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (PyYAML's own table, filled below)
+    yaml_implicit_resolvers: dict[str, Any] = {}
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -87,7 +87,7 @@ def from_yaml(path: str) -> dict[str, Any]:
     if not isinstance(raw, dict):
         got = "nothing" if raw is None else f"a {type(raw).__name__}"
         raise RecipeError(f"{path} holds {got}, expected a mapping", "start with `stages:`")
-    if _size(raw, MAX_VALUES) <= 0:
+    if _unfolds_beyond(raw, MAX_VALUES):
         raise RecipeError(f"{path} unfolds to more than {MAX_VALUES} values", "use fewer aliases (*name)")
     raw.pop("kt_hf_version", None)
     return raw
@@ -97,15 +97,15 @@ def load(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)  # a SafeLoader
 
 
-def _size(value: Any, left: int) -> int:
-    """What is left of a budget of values, aliases unfolded; stops when it is spent."""
-    left -= 1
-    if left > 0 and isinstance(value, (dict, list)):
-        for inner in value.values() if isinstance(value, dict) else value:
-            left = _size(inner, left)
-            if left <= 0:
-                break
-    return left
+def _unfolds_beyond(value: Any, limit: int) -> bool:
+    """Whether a value holds more than so many others, aliases unfolded."""
+    stack, seen = [value], 0
+    while stack and seen <= limit:
+        inner = stack.pop()
+        seen += 1
+        if isinstance(inner, (dict, list)):
+            stack.extend(inner.values() if isinstance(inner, dict) else inner)
+    return seen > limit
 
 
 def to_yaml(raw: dict[str, Any]) -> str:

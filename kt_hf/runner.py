@@ -58,14 +58,16 @@ class Context:
     def resolve(self, ref: Any, seed: int) -> Model:
         """A model reference with `@stage` replaced by that stage's folder: seed i of it, or its only one."""
         model = ref if isinstance(ref, Model) else Model(**ref) if isinstance(ref, dict) else Model(path=ref)
-        if isinstance(model.path, str) and model.path.startswith("@"):
-            other = self.stage(model.path[1:])
-            path = folders.stage_folder(self.root, other.name, seed if other.seeds > 1 else 0) / "model"
-            model = Model(**{**model.given, "path": str(path)})
+        given = dict(model.given)
+        for key in ("path", "config", "processor"):
+            value = given.get(key)
+            if isinstance(value, str) and value.startswith("@"):
+                other = self.stage(value[1:])
+                given[key] = str(folders.stage_folder(self.root, other.name, seed if other.seeds > 1 else 0) / "model")
         for tower in ("image", "text"):
-            if getattr(model, tower) is not None:
-                setattr(model, tower, self.resolve(getattr(model, tower), seed))
-        return model
+            if given.get(tower) is not None:
+                given[tower] = self.resolve(getattr(model, tower), seed)
+        return Model(**given)
 
 
 def run(recipe: Any, output_dir: str | Path, *, overwrite: bool = False, allow_changed: Sequence[str] = (), until: float = 1.0) -> dict[str, Any]:
@@ -76,7 +78,7 @@ def run(recipe: Any, output_dir: str | Path, *, overwrite: bool = False, allow_c
     collect = Collector()
     raw = grammar.normalise(recipe)
     resolved = grammar.resolve(raw, collect)
-    collect.raise_if_any()
+    grammar.raise_all(resolved, collect)
     return run_resolved(resolved, raw, Path(output_dir), overwrite=overwrite, allow_changed=allow_changed, until=until) or {}
 
 
@@ -93,7 +95,6 @@ def run_resolved(
     """Everything after the grammar: plugins' settings, the plan, the stages, the report."""
     collect = Collector()
     settings = grammar.check_plugins(recipe, collect)
-    check_seeds(recipe, collect)
     if not collect.mistakes:
         check_plugins_build(recipe, settings, collect)
     collect.raise_if_any()
@@ -159,32 +160,10 @@ def quiet_libraries() -> None:
 # --- the plan ----------------------------------------------------------------------------------------------------------
 
 
-def check_seeds(recipe: Recipe, collect: Collector) -> None:
-    """Seed i of a stage uses seed i of what it names: numbers of seeds must agree, or be 1."""
-    by_name = {stage.name: stage for stage in recipe.stages}
-    for stage in recipe.stages:
-        if isinstance(stage, (Merge, Ensemble)) and _merges_seeds(stage, by_name):
-            if "seeds" not in stage.given:
-                stage.seeds = 1
-            continue
-        for path, ref in grammar.model_refs(stage).items():
-            other = by_name[ref[1:]]
-            if other.seeds not in (1, stage.seeds) and (not path.startswith("compare") or stage.seeds != 1):
-                collect.add(f"stages.{stage.name}.{path}: '{ref}' has {other.seeds} seeds, this stage {stage.seeds}", "give both the same number of seeds")
-
-
-def _merges_seeds(stage: Merge | Ensemble, by_name: dict[str, Stage]) -> bool:
-    """Whether a stage takes all seeds of one stage as its parents."""
-    if len(stage.models) != 1:
-        return False
-    path = stage.models[0].path
-    return isinstance(path, str) and path.startswith("@") and by_name[path[1:]].seeds > 1
-
-
 def parents(context: Context, stage: Merge | Ensemble, seed: int) -> tuple[list[str], list[Model]]:
     """(names, models) of the parents of a merge or the members of an ensemble."""
     by_name = {s.name: s for s in context.recipe.stages}
-    if _merges_seeds(stage, by_name):
+    if grammar.merges_seeds(stage, by_name):
         ref = stage.models[0]
         count = by_name[ref.path[1:]].seeds
         return [f"{ref.path}[{i}]" for i in range(count)], [context.resolve(ref, i) for i in range(count)]

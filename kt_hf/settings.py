@@ -78,6 +78,11 @@ def validate(cls: type, given: Any, where: str, collect: Collector, positional: 
     given = {key: _adapted(cls, key, value) for key, value in given.items() if isinstance(key, str)}
     try:
         model = schema(cls).model_validate(given)
+    except pydantic.errors.PydanticUserError as error:
+        collect.add(
+            f"{where}: the settings of {cls.__name__} cannot be checked: {_line(error)}", "annotate plain values"
+        )
+        return {}
     except pydantic.ValidationError as error:
         # A union reports each of its members: one line for each place is enough.
         places: dict[str, list[Any]] = {}
@@ -144,6 +149,10 @@ def _expected(items: list[Any]) -> str:
     if choices and all(i["type"] in ("literal_error", "list_type", "dict_type", "int_type") for i in items):
         return nearest(str(items[0]["input"]), dict.fromkeys(choices))
     return " or ".join(dict.fromkeys(_plain(i["msg"]) for i in items))
+
+
+def _line(error: Exception) -> str:
+    return str(error).splitlines()[0][:200]
 
 
 def _plain(message: str) -> str:

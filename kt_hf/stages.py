@@ -94,6 +94,7 @@ def _train(context: Context, stage: Train, seed: int, folder: Path) -> dict[str,
     rates = stage.training.learning_rate
     trials: list[dict[str, Any]] = []
     result = None
+    zero_shot = _measure_start(context, stage, folder) if seed == 0 and "zero_shot" in (stage.compare or []) else None
     if isinstance(rates, list) and len(rates) > 1:
         trials, result = _choose_rate(context, stage, seed, folder, rates)
         rates = max(trials, key=lambda t: t["chosen"])["learning_rate"]
@@ -108,7 +109,22 @@ def _train(context: Context, stage: Train, seed: int, folder: Path) -> dict[str,
     facts["cost"] = {**result.cost, **facts["cost"]}
     facts.update(curve=result.curve, evaluations=result.evaluations, trials=trials, learning_rate=rate, best_step=result.best_step)
     facts["lineage"] = _train_lineage(context, stage, seed)
+    facts["zero_shot"] = zero_shot
     return facts
+
+
+def _measure_start(context: Context, stage: Train, folder: Path) -> str | None:
+    """Measure the stage's model before training, for the baseline `zero_shot`; in words why that cannot be."""
+    task, info = context.task(stage), context.info(stage)
+    randomness.seed_all("load", stage.training.seed)
+    loaded = task.load(context.resolve(stage.model, 0), info)
+    if loaded.new_parameters:
+        return f"the model has nothing trained for this task ({', '.join(loaded.new_parameters[:2])} are new)"
+    found = _predict(context, task, loaded, loaded.model, info, info.evaluation_split)
+    if context.accelerator.is_main_process:
+        tensors = {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in found.items()}
+        checkpoint.write(folder / "zero_shot.safetensors", checkpoint.tensor_chunks(tensors))
+    return None
 
 
 def _train_once(context: Context, stage: Train, seed: int, folder: Path, rate: float) -> trainer.Result:

@@ -18,14 +18,13 @@ def vit(hidden_size: int, num_hidden_layers: int) -> Model:
 BERT = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 2, "max_position_embeddings": 32}
 RATES = {"learning_rate": [3e-4, 1e-3, 3e-3]}  # every method, baselines included, chooses among these on validation data
 BASELINES = ["majority", "@zero_shot", "@probe", "@scratch"]
-MEMBERS = ["@finetune", "@finetune_slow", "@finetune_turned"]
+MEMBERS = ["@finetune", "@finetune_slow", "@finetune_decay"]
 
 recipe = Recipe(
     name="quickstart",
     data={
         "source": Data("digits", "source"),
         "target": Data("digits", "target"),
-        "turned": Data("digits", "target", augment=[{"RandomRotation": {"degrees": 10}}]),
         "captions": Data("digits", "captions"),
     },
     model=vit(80, 4),
@@ -64,7 +63,7 @@ recipe = Recipe(
         ),
         # several fine-tunings, averaged in weight space and in output space
         Train("finetune_slow", data="target", model="@source", training={"learning_rate": 3e-4, "seed": 142}),
-        Train("finetune_turned", data="turned", model="@source", training={"learning_rate": 1e-3, "seed": 242}),
+        Train("finetune_decay", [{"finetune": {"layer_decay": 0.7}}], data="target", model="@source", training={"learning_rate": 1e-3, "seed": 242}),
         Merge("uniform_soup", "uniform_soup", data="target", models=MEMBERS, compare=[*MEMBERS, "@scratch"]),
         Merge("greedy_soup", "greedy_soup", data="target", models=MEMBERS, compare=[*MEMBERS, "@scratch"]),
         Ensemble("ensemble", "mean", data="target", models=MEMBERS, compare=[*MEMBERS, "@greedy_soup", "@scratch"]),

@@ -1,0 +1,134 @@
+"""Rules for merges: on small tensors through the real engine.
+
+Shapes: M parents.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from kt_hf import merging
+from kt_hf.merge import MergeMethod
+from kt_hf.testing.bench import differing
+from kt_hf.testing.plugin import Case
+from kt_hf.testing.rules import NotApplicable, demand, rule
+from kt_hf.testing.strategies import some
+
+State = dict[str, torch.Tensor]
+SHAPES = {"embeddings.weight": (12, 6), "layer.0.weight": (6, 6), "layer.0.bias": (6,), "head.weight": (3, 6)}
+CLOSE = {"rtol": 1e-4, "atol": 1e-6}
+
+
+class MergeCase(Case):
+    """A merge method with small parents and a base that they come from."""
+
+    def __init__(self, name: str, cls: type, given: dict[str, Any], folder: Path):
+        super().__init__("merge", name, cls, given, folder)
+        self.count = max(3, cls.min_parents)  # type: ignore[attr-defined]
+        self.base = state(0)
+        # distinct sizes, so that methods which rank by magnitude or score have no ties
+        self.parents = [{k: t + 0.1 * (i + 1) * d for (k, t), d in zip(self.base.items(), state(i + 1).values(), strict=True)} for i in range(self.count)]
+
+    def merge(self, parents: list[State], base: State | None, where: str) -> State:
+        """Through files and the engine, as a stage does it."""
+        folders = [write(s, self.folder / where / f"parent{i}") for i, s in enumerate(parents)]
+        names = [f"parent{i}" for i in range(len(parents))]
+        method = self.build()
+        with merging.Parents(folders, names) as opened:
+            method.fit(merging.MergeRun(len(parents), names, True, lambda w: score(parents, w)))
+            if base is None:
+                merging.merge(method, opened, None, self.folder / where / "merged")
+            else:
+                with merging.Parents([write(base, self.folder / where / "base")], ["base"]) as opened_base:
+                    merging.merge(method, opened, opened_base, self.folder / where / "merged")
+        return load_file(self.folder / where / "merged" / "model.safetensors")
+
+    @functools.cached_property
+    def merged(self) -> State:
+        return self.merge(self.parents, self.base, "whole")
+
+    def fitted(self) -> MergeMethod:
+        method: MergeMethod = self.build()
+        names = [f"parent{i}" for i in range(self.count)]
+        method.fit(merging.MergeRun(self.count, names, True, lambda w: score(self.parents, w)))
+        return method
+
+
+def state(seed: int) -> State:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+
+
+def write(tensors: State, folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def score(parents: list[State], weights_M: list[float]) -> float:
+    """A validation metric that is a property of the merged weights, whatever the order of the parents."""
+    total = sum(weights_M) or 1.0
+    mean = {n: sum(w / total * p[n].double() for p, w in zip(parents, weights_M, strict=True)) for n in SHAPES}
+    return -round(float(sum(((t - 0.05) ** 2).sum() for t in mean.values())), 9)  # type: ignore[union-attr, arg-type]
+
+
+@rule("merge", "merges-finitely", needs=("builds",))
+def merges_finitely(case: MergeCase) -> None:
+    """The merged model has the parents' tensors, all finite."""
+    merged = case.merged
+    demand({n: t.shape for n, t in merged.items()} == {n: t.shape for n, t in case.base.items()}, "other names or shapes than the parents")
+    demand(not (bad := [n for n, t in merged.items() if not t.isfinite().all()]), f"not finite: {some(bad)}")
+
+
+@rule("merge", "copies-give-the-model", needs=("merges-finitely",))
+def copies_give_the_model(case: MergeCase) -> None:
+    """Merging copies of one model, onto itself where a base is used, gives that model."""
+    model = case.parents[0]
+    merged = case.merge([model] * case.count, model, "copies")
+    demand(not (names := differing(merged, model, **CLOSE)), f"{case.count} copies give other weights: {some(names)}")
+
+
+@rule("merge", "order-does-not-matter", needs=("merges-finitely",))
+def order_does_not_matter(case: MergeCase) -> None:
+    """Parents in another order give the same model, unless the class says `order_matters = True`."""
+    if getattr(case.cls, "order_matters", False):
+        raise NotApplicable("it says that the order matters")
+    merged = case.merge(case.parents[::-1], case.base, "reversed")
+    demand(not (names := differing(merged, case.merged, **CLOSE)), f"other weights in another order: {some(names)}")
+
+
+@rule("merge", "keeps-the-dtype", needs=("merges-finitely",))
+def keeps_the_dtype(case: MergeCase) -> None:
+    """Parents in bfloat16 give a model in bfloat16; the arithmetic is done in float32."""
+    half = [{n: t.bfloat16() for n, t in s.items()} for s in (case.base, *case.parents)]
+    merged = case.merge(half[1:], half[0], "half")
+    demand(not (bad := [n for n, t in merged.items() if t.dtype != torch.bfloat16]), f"not bfloat16: {some(bad)}")
+    method = case.fitted()
+    for name in SHAPES:
+        found = method.tensor(name, [p[name] for p in case.parents], case.base[name], None)
+        demand(found.dtype == torch.float32, f"`tensor` gave {found.dtype} for float32")
+
+
+@rule("merge", "tensor-by-tensor", needs=("merges-finitely",))
+def tensor_by_tensor(case: MergeCase) -> None:
+    """A tensor's result depends neither on the order of the names nor on what was merged before, bit for bit."""
+    method = case.fitted()
+    found = {n: method.tensor(n, [p[n] for p in case.parents], case.base[n], None) for n in reversed(SHAPES)}
+    again = {n: case.fitted().tensor(n, [p[n] for p in case.parents], case.base[n], None) for n in SHAPES}
+    demand(not (names := differing(found, again)), f"another result in another order of names: {some(names)}")
+    demand(not (names := differing(again, case.merged)), f"another result than through the engine: {some(names)}")
+
+
+@rule("merge", "leaves-the-parents", needs=("merges-finitely",))
+def leaves_the_parents(case: MergeCase) -> None:
+    """`tensor` does not write into what it is given."""
+    method, copies = case.fitted(), [{n: t.clone() for n, t in p.items()} for p in (case.base, *case.parents)]
+    for name in SHAPES:
+        method.tensor(name, [p[name] for p in copies[1:]], copies[0][name], None)
+    for before, after in zip((case.base, *case.parents), copies, strict=True):
+        demand(not (names := differing(before, after)), f"it changed a parent in place: {some(names)}")

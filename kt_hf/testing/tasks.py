@@ -1,0 +1,110 @@
+"""A light set of rules for tasks: rows in, outputs out, units that agree, and a folder that loads again.
+
+Shapes: B rows, N scored units, C classes.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kt_hf import evaluation
+from kt_hf.bundle import Bundle
+from kt_hf.errors import KtError
+from kt_hf.recipe import Model
+from kt_hf.task import Loaded
+from kt_hf.testing import exports
+from kt_hf.testing.bench import Bench, cpu_accelerator
+from kt_hf.testing.plugin import Case
+from kt_hf.testing.rules import NotApplicable, demand, rule
+
+
+class TaskCase(Case):
+    """A task with tiny rows; `conformance["model"]` holds settings of a tiny model where the kit knows none."""
+
+    def __init__(self, name: str, cls: type, given: dict[str, Any], folder: Path):
+        super().__init__("task", name, cls, given, folder)
+
+    @functools.cached_property
+    def bench(self) -> Bench:
+        return Bench(self.name, self.folder)
+
+    @functools.cached_property
+    def loaded(self) -> Loaded:
+        loaded = self.bench.load(self.bench.saved("start"))
+        loaded.model.eval()
+        return loaded
+
+    @functools.cached_property
+    def batch(self) -> dict[str, Any]:
+        return exports.rows(self.bench, self.loaded)
+
+    @functools.cached_property
+    def outputs(self) -> Any:
+        with torch.no_grad():
+            return self.bench.task.forward(self.loaded.model, self.batch)
+
+
+@rule("task", "makes-batches", needs=("builds",))
+def makes_batches(case: TaskCase) -> None:
+    """Rows become a flat batch of tensors with `index`; its units are counted, `example` among them."""
+    demand("index" in case.batch, "the batch has no `index`")
+    demand(not (odd := [k for k, v in case.batch.items() if isinstance(v, dict)]), f"the batch is not flat: {odd}")
+    units = case.bench.task.units(case.batch)
+    demand("example" in units and case.bench.task.unit in units, f"units are {list(units)}, expected example and {case.bench.task.unit}")
+
+
+@rule("task", "loss-is-unreduced", needs=("makes-batches",))
+def loss_is_unreduced(case: TaskCase) -> None:
+    """`loss` gives one finite value per unit that `units` counts, in float32, with a gradient."""
+    task = case.bench.task
+    if not task.has_loss:
+        raise NotApplicable("it has no loss of its own")
+    values, weight, unit = task.loss(task.forward(case.loaded.model, case.batch), case.batch)
+    units = task.units(case.batch)
+    demand(unit in units, f"the loss is per {unit}, which `units` does not count")
+    counted = float(weight.sum()) if weight is not None else float(values.numel())
+    demand(values.dim() >= 1 and counted == float(units[unit]), f"the loss counts {counted:g} {unit}s, `units` {float(units[unit]):g}")
+    demand(values.dtype == torch.float32 and bool(values.isfinite().all()), f"losses are {values.dtype} or not finite")
+    demand(values.requires_grad, "the loss has no gradient")
+
+
+@rule("task", "scores-fit-weights", needs=("makes-batches",))
+def scores_fit_weights(case: TaskCase) -> None:
+    """`scores` gives as many weights as rows of scores."""
+    try:
+        scores_NC, weight_N = case.bench.task.scores(case.outputs, case.batch)
+    except KtError as error:
+        raise NotApplicable(error.cause) from None
+    demand(scores_NC.dim() == 2 and weight_N.shape == scores_NC.shape[:1], f"scores {tuple(scores_NC.shape)}, weights {tuple(weight_N.shape)}")
+
+
+@rule("task", "measures-its-metric", needs=("makes-batches",))
+def measures_its_metric(case: TaskCase) -> None:
+    """Predictions of a split have one row per example; `measure` knows the task's metric, `table` has a row for each."""
+    task, info, loaded = case.bench.task, case.bench.info, case.loaded
+    bundle = Bundle(loaded, task, {}).eval()
+    found = evaluation.predict(bundle, bundle, cpu_accelerator(), info, "test", 4)
+    count = len(info.splits["test"])
+    demand(all(len(v) == count for v in found.values()), f"predictions have {[len(v) for v in found.values()]} rows, the split {count}")
+    metrics = task.measure(found, loaded, info).metrics
+    demand(task.metric in metrics, f"metrics are {list(metrics)}, without {task.metric}")
+    table = task.table(found, loaded, info)
+    demand(all(len(v) == count for v in table.values()), "the table has another number of rows")
+
+
+@rule("task", "saves-and-loads", needs=("makes-batches",))
+def saves_and_loads(case: TaskCase) -> None:
+    """What `save` writes is loaded by `load` and gives the same outputs."""
+    folder = case.folder / "again"
+    folder.mkdir(parents=True, exist_ok=True)
+    case.bench.task.save(case.loaded, folder)
+    again = case.bench.task.load(Model(path=str(folder)), case.bench.info)
+    with torch.no_grad():
+        outputs = case.bench.task.forward(again.model.eval(), case.batch)
+    for name in exports.OUTPUTS:
+        if isinstance(getattr(case.outputs, name, None), torch.Tensor):
+            demand(torch.allclose(getattr(case.outputs, name), getattr(outputs, name), atol=1e-5), f"{name} differ after loading")

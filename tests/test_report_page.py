@@ -1,0 +1,191 @@
+"""The page: escaped, self-contained, and without error or network in a real browser."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+import synthetic_evidence as synthetic
+
+from kt_hf import evidence, plots, report
+from kt_hf.errors import IntegrityError, RecipeError
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+EVIL = "<script>document.title='ran'</script>\"'&"
+
+
+@pytest.fixture(scope="module")
+def large():
+    return evidence.build(
+        "large & <b>", synthetic.large(), seconds=300.0, created="2025-01-02", versions={"a": "1"}, replicates=200
+    )
+
+
+@pytest.fixture(scope="module")
+def small():
+    return evidence.build("small", [synthetic.stage("only", 0.8, 1, compare=["majority"])], replicates=100)
+
+
+@pytest.fixture(scope="module")
+def evil():
+    labels = [EVIL, "b", "c"]
+    stages = [
+        synthetic.stage(f"{EVIL}{i}", 0.7 + i / 10, labels=labels, description=[EVIL], lineage={EVIL: EVIL})
+        for i in (0, 1)
+    ]
+    stages[1].compare = [f"@{EVIL}0"]
+    stages[0].data = stages[1].data = {**stages[0].data, "name": EVIL, "path": EVIL}
+    return evidence.build(EVIL, stages, notes=[EVIL], versions={EVIL: EVIL}, replicates=50)
+
+
+class Tags(HTMLParser):
+    """Every start tag with its attributes; checks that tags are closed in order."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.found, self.open = [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+        if tag not in ("meta", "link", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def pages(request):
+    return [report.html(request.getfixturevalue(name)) for name in ("large", "small", "evil")]
+
+
+def test_nothing_is_loaded_and_nothing_runs(request, large, small, tmp_path):
+    report.compare_html([large, small], tmp_path / "both.html")
+    for page in [*pages(request), (tmp_path / "both.html").read_text()]:
+        tags = Tags(page)
+        assert not tags.open
+        names = {tag for tag, _ in tags.found}
+        assert not names & {
+            "script",
+            "img",
+            "iframe",
+            "object",
+            "embed",
+            "audio",
+            "video",
+            "base",
+            "form",
+            "use",
+            "image",
+        }
+        for tag, attributes in tags.found:
+            assert not any(key.startswith("on") for key in attributes), tag
+            assert not {"src", "srcset", "xlink:href"} & attributes.keys()
+            assert attributes.get("href", "data:,") == "data:,"
+        style = re.search(r"<style>(.*?)</style>", page, re.S).group(1)
+        assert "url(" not in style and "@import" not in style
+        assert "nan" not in re.findall(r'="([^"]*)"', page) and "inf" not in page.split("<body>")[0]
+
+
+def test_what_comes_from_data_is_escaped(evil):
+    page = report.html(evil)
+    assert "<script" not in page and "&lt;script&gt;" in page
+
+
+def test_the_page_holds_its_parts(large):
+    page = report.html(large)
+    parts = ["Gain over each baseline", "Quality against cost", "Learning curves", "Gain per class: mean over finetune"]
+    parts += [
+        "Confusion: best stage and its baseline",
+        "Stages in detail",
+        "Validation labels were used",
+        "helped",
+        "hurt",
+        "no evidence",
+    ]
+    for part in [*parts, "Learning rates tried", "optimizer steps", "base_model", "prefers-color-scheme: dark"]:
+        assert part in page, part
+    ranks = [page.index(f"<b>{name}</b>") for name in ("mean", "finetune", "scratch", "probe", "outside")]
+    assert ranks == sorted(ranks)
+
+
+def test_load_checks_the_schema(small, tmp_path):
+    with pytest.raises(RecipeError, match=r"no report\.json"):
+        report.load(tmp_path)
+    (tmp_path / "report.json").write_text(json.dumps(small))
+    assert report.load(tmp_path) == small == report.load(tmp_path / "report.json")
+    (tmp_path / "report.json").write_text(json.dumps({**small, "schema": "kt_hf.report/99"}))
+    with pytest.raises(IntegrityError, match="kt_hf.report/99"):
+        report.load(tmp_path)
+    (tmp_path / "report.json").write_text("{")
+    with pytest.raises(IntegrityError, match="not JSON"):
+        report.load(tmp_path)
+
+
+def test_show_one_run_and_several(large, small, tmp_path):
+    for name, found in (("a", large), ("b", small), ("c", small)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.json").write_text(json.dumps(found))
+    one = report.show([tmp_path / "a"])
+    assert "finetune" in one and "- Validation labels were used" in one
+    several = report.show([tmp_path / "a", tmp_path / "b", tmp_path / "c"])
+    assert "small (1)" in several and "small (2)" in several and "not tested against each other" in several
+    row = next(line for line in several.splitlines() if line.startswith("only"))
+    assert row.split()[1] == "-" and row.count("80.") >= 2 or row.count("(") == 2
+
+
+def test_labels_of_the_scatter_do_not_overlap():
+    room = plots.Room(1000, 480)
+    for i in range(14):
+        assert room.place(500 + 6 * i, 200 + 3 * i, 120) is not None
+    for i, a in enumerate(room.boxes):
+        for b in room.boxes[:i]:
+            assert a[2] < b[0] or b[2] < a[0] or a[3] < b[1] or b[3] < a[1]
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (-3.2, 97), (1e-7, 3e-7), (5, 5), (1e6, 3e9)])
+def test_ticks_lie_within(low, high):
+    for marks in (plots.ticks(low, high), plots.log_ticks(max(low, 1e-9), max(high, 2e-9))):
+        assert marks and len(marks) <= 14
+        assert all(low - 1e-9 * abs(low) <= t <= high * (1 + 1e-9) or low <= 0 for t in marks)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome on the path")
+@pytest.mark.parametrize("name", ["large", "small", "evil"])
+def test_a_real_browser_shows_it_without_error_or_request(request, name, tmp_path):
+    page, log = tmp_path / "report.html", tmp_path / "net.json"
+    report.write_html(request.getfixturevalue(name), page)
+    command = [
+        BROWSER,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-background-networking",
+        "--no-first-run",
+    ]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--v=0", f"--log-net-log={log}"]
+    command += ["--host-resolver-rules=MAP * ~NOTFOUND", "--window-size=1400,3000", "--dump-dom", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "CONSOLE" not in done.stderr, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    assert "Quality against cost" in done.stdout and "<svg" in done.stdout and "<title>ran</title>" not in done.stdout
+    assert requests(log, page.as_uri()) == []
+
+
+def requests(log, page: str) -> list[str]:
+    """Addresses that the page itself asked for: those of the net log that name it as initiator."""
+    text = log.read_text()
+    try:
+        events = json.loads(text)["events"]
+    except ValueError:  # the log of a browser that was ended at once lacks its end
+        events = json.loads(text.rstrip().rstrip(",") + "]}")["events"]
+    asked = [e.get("params", {}) for e in events]
+    urls = {p["url"] for p in asked if "url" in p and str(p.get("initiator", "")) not in ("", "not an origin")}
+    return sorted(u for u in urls if u != page and not u.startswith(("file:", "data:")))
