@@ -438,6 +438,10 @@ def _noun(given: Any) -> Model:
 
 def load_tower(ref: Model, part: str, **changes: Any) -> tuple[Any, list[str]]:
     """(tower, names of its new parameters). `part` is `vision` or `text`; of a dual encoder that half is taken."""
+    if ref.image is not None:  # itself two towers
+        return load_tower(_noun(ref.image if part == "vision" else ref.text), part, **changes)
+    if names_open_clip(ref):
+        raise RecipeError(f"'{ref.path or ref.config}' is a model of open_clip", "take towers of transformers")
     config = loading.config_of(ref, **changes)
     inner = getattr(config, f"{part}_config", None)
     if inner is None:

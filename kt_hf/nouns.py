@@ -173,7 +173,7 @@ class Training(Noun):
         gradient_checkpointing: bool = False,
         forward_chunk_size: NotNegative = 0,
         eval_steps: Annotated[float, Field(ge=0, le=10**9)] | None = None,
-        save_steps: Annotated[float, Field(ge=0, le=10**9)] = 0,
+        save_steps: Annotated[float, Field(ge=0, le=10**9)] = 0.0,
         save_total_limit: Positive = 2,
         logging_steps: Positive = 10,
         load_best_model_at_end: bool = False,

@@ -249,7 +249,7 @@ def scatter(points: Sequence[Point], x_label: str, y_label: str) -> str:
 
 @dataclass
 class Curve:
-    """One line: points (x, y), the stage's number, which decides colour and dashes; faint for one seed among several."""
+    """One line: points (x, y), the stage's number, for colour and dashes; faint for one seed among several."""
 
     label: str
     points: Sequence[tuple[float, float]]

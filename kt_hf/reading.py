@@ -166,6 +166,8 @@ def _with_reader(reader: str, path: Path, **options: Any) -> datasets.Dataset:
     try:
         return datasets.load_dataset(reader, data_files=str(path), split="train", **options)
     except Exception as error:
+        if "corresponds to no data" in str(error) or isinstance(error, StopIteration):
+            raise DataError(f"{path} holds no rows", "remove the file or fill it") from error
         raise DataError(f"{path} cannot be read: {_chain(error)}", "mend the file, or write it again") from error
 
 

@@ -33,7 +33,7 @@ EXPLAINED = (
 
 
 def load(folder: str | Path) -> dict[str, Any]:
-    """The report of a run's folder, or of a file. Raises `RecipeError` without one, `IntegrityError` for another schema."""
+    """The report of a run's folder, or of a file. `RecipeError` without one, `IntegrityError` for another schema."""
     path = Path(folder)
     path = path / "report.json" if path.is_dir() else path
     if not path.is_file():
@@ -492,9 +492,9 @@ def _number(value: float | None) -> str:
 def _foot(report: Report) -> list[str]:
     how = report["interval"]
     told = (
-        f"Intervals hold {percent(how['level'])} and come from {how['replicates']:,} draws of a bootstrap on two levels: "
-        "the test examples, drawn once for all seeds, and the seeds, reweighted so that few of them do not look more "
-        "certain than they are. Gains are paired example by example. "
+        f"Intervals hold {percent(how['level'])} and come from {how['replicates']:,} draws of a bootstrap on "
+        "two levels: the test examples, drawn once for all seeds, and the seeds, reweighted so that few of them do "
+        "not look more certain than they are. Gains are paired example by example. "
         "Accuracy and other shares are in percent, their gains in points."
     )
     versions = ", ".join(f"{k} {v}" for k, v in report["versions"].items())

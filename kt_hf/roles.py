@@ -7,8 +7,9 @@ from typing import Any
 
 import datasets
 
+from kt_hf import registry
 from kt_hf.errors import RecipeError, nearest
-from kt_hf.task import Role
+from kt_hf.task import Role, Task
 
 
 def kinds(feature: Any) -> tuple[str, ...]:
@@ -62,6 +63,25 @@ def find_roles(
         elif strict:
             raise _open(role, free, features)
     return found
+
+
+def fitting_tasks(features: Any, columns: dict[str, str] | None = None) -> list[tuple[str, Task]]:
+    """(name, task with its defaults) of the tasks that these features could be for.
+
+    A task that would leave an image aside gives way to one that looks at it.
+    """
+    found = []
+    for name in registry.names("task"):
+        try:
+            task = registry.load("task", name)()
+        except (RecipeError, TypeError):
+            continue  # a broken or demanding task of somebody else's cannot be the one that features decide
+        if set(columns or {}) <= {role.name for role in task.roles}:
+            roles = find_roles(features, task.roles, columns, strict=False)
+            if task.fits(roles):
+                found.append((name, task, roles))
+    seeing = [item for item in found if all(kinds(features[c]) != ("image",) for c in features if c not in item[2].values())]
+    return [(name, task) for name, task, _ in seeing or found]
 
 
 def _named(features: Any, roles: Sequence[Role], columns: dict[str, str]) -> dict[str, str]:

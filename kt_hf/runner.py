@@ -20,6 +20,7 @@ from kt_hf import recipe as grammar
 from kt_hf import registry, skeleton, stages, trainer
 from kt_hf.errors import Collector, RecipeError
 from kt_hf.recipe import Data, Ensemble, Evaluate, Merge, Model, Recipe, Stage, Train
+from kt_hf.roles import fitting_tasks
 
 logger = logging.getLogger(__name__)
 
@@ -238,15 +239,7 @@ def _settle_task(context: Context, stage: Stage) -> Any:
             raise RecipeError(f"stages.{stage.name}: neither task nor data", "set task=...")
         return context.tasks[source.name]
     features = next(iter(data_module.read(stage.data[1]).values())).features
-    fitting = []
-    for name in registry.names("task"):
-        try:
-            candidate = registry.load("task", name)()
-        except (RecipeError, TypeError):
-            continue  # a broken or demanding task of somebody else's cannot be the one that features decide
-        own = {r.name for r in candidate.roles}
-        if set(stage.data[1].columns or {}) <= own and candidate.fits(data_module.find_roles(features, candidate.roles, stage.data[1].columns, strict=False)):
-            fitting.append((name, candidate))
+    fitting = fitting_tasks(features, stage.data[1].columns)
     if len(fitting) != 1:
         found = f"could be {' or '.join(name for name, _ in fitting)}" if fitting else "does not decide the task"
         raise RecipeError(f"data '{stage.data[0]}' with columns {', '.join(features)} {found}", f"set task=..., one of {', '.join(registry.names('task'))}")

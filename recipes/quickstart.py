@@ -36,6 +36,7 @@ recipe = Recipe(
         "warmup_ratio": 0.1,
         "eval_steps": 50,
         "report_to": "none",
+        "num_threads": 1,  # models this small gain nothing from more
     },
     seeds=3,
     stages=[

@@ -161,3 +161,43 @@ def initial(kind: str = "image", seed: int = 42, **changes: Any) -> dict[str, to
     task, info = task_and_info("text" if kind == "text" else "image")
     randomness.seed_all("load", seed)
     return copy.deepcopy(task.load(config(kind, **changes), info).model.state_dict())
+
+
+def pair_info(train: int = 22, seed: int = 0) -> DataInfo:
+    """Images with captions that name their class and a number."""
+    info = image_info(train, 7, seed=seed)
+    random = np.random.default_rng(seed)
+    for name, rows in info.splits.items():
+        texts = [f"{LABELS[y]} {WORDS[random.integers(0, 40)]} {WORDS[random.integers(0, 40)]}" for y in rows["label"]]
+        info.splits[name] = rows.add_column("text", texts)
+    return DataInfo("pairs", info.splits, {**info.roles, "text": "text"}, info.labels, f"pairs-{train}-{seed}")
+
+
+def contrastive_case() -> dict[str, Any]:
+    """What `make_trainer` needs for a dual encoder."""
+    from kt_hf_plugins.contrastive import Contrastive
+    from kt_hf_plugins.zero_shot_image_classification import ZeroShotImageClassification
+
+    vit = {"config": "vit", "config_overrides": VIT}
+    bert = {"config": "bert", "config_overrides": BERT}
+    model = Model(image=Model(**vit), text=Model(**bert), projection_dim=8)
+    return {
+        "task": ZeroShotImageClassification(templates=["a {}"]),
+        "info": pair_info(),
+        "model": model,
+        "strategies": {"finetune": {}, "contrastive": Contrastive()},
+    }
+
+
+CASES = ("finetune", "lora", "distill", "ema", "lora+distill+ema")
+
+
+def stack(names: str, teacher_folder: str) -> dict[str, Any]:
+    """Strategies by their joined names."""
+    settings = {
+        "finetune": {},
+        "lora": {"r": 4, "lora_dropout": 0.0},
+        "ema": {"decay": 0.8},
+        "distill": {"teacher": teacher_folder, "alpha": 0.4, "temperature": 3.0},
+    }
+    return {name: settings[name] for name in names.split("+")}

@@ -55,7 +55,8 @@ def test_all_of_the_stack_is_in_the_result(teacher, tmp_path):
     trainer = make_trainer(tmp_path, strategies=full_stack(teacher))
     result = trainer.run()
     assert set(result.curve[0]["terms"]) == {"task", "distill/kl"}
-    assert all("lora" in n or "classifier" in n for n, p in trainer.names.items() for n in [p] if trainer.bundle.get_parameter(n).requires_grad)
+    trained = [trainer.names[id(p)] for p in trainer.trainable]
+    assert trained and all("lora" in n or "classifier" in n for n in trained)
     assert weights(result).keys() == initial().keys(), "adapters are merged, nothing of them is left"
 
 
@@ -214,7 +215,7 @@ def test_a_teacher_with_another_order_of_labels_is_matched_by_name(tmp_path):
 
 def test_teachers_that_do_not_fit_are_refused(tmp_path):
     labels = helpers.teacher(tmp_path / "labels", info=helpers.image_info(labels=["cat", "dog", "emu"]))
-    with pytest.raises(RecipeError, match=r"labels: .*(emu|owl)"):
+    with pytest.raises(RecipeError, match="labels cat, dog, emu"):
         train(tmp_path / "a", strategies={"distill": {"teacher": labels}})
 
     task, info = helpers.task_and_info("image")

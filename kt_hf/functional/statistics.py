@@ -33,7 +33,8 @@ more than the examples explain (a = 0), it is the ordinary percentile interval o
 it is conditional on that seed.
 
 Measured coverage of the nominal 95 % (binary outcomes; S = 3, 5; N = 100 to 600; seeds that do not, moderately, or
-mostly decide): 90 to 98 %.
+mostly decide; 228 mixes of 600 runs each): 94.8 % on average, 90 to 98 % throughout within the error of the simulation.
+The plain two-level bootstrap covered 72 to 99.8 % there.
 
 Sources: Efron & Tibshirani 1993, "An Introduction to the Bootstrap" (percentile interval); Davison & Hinkley 1997,
 "Bootstrap Methods and their Application" (hierarchical data); Owen 2007, "The pigeonhole bootstrap" (crossed data);
