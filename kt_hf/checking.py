@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 from kt_hf import registry, settings
-from kt_hf.errors import Collector, IntegrityError, KtError, RecipeError, nearest
+from kt_hf.errors import Collector, IntegrityError, RecipeError, nearest
 from kt_hf.nouns import (
     BASELINES,
     STAGES,
@@ -32,14 +32,16 @@ from kt_hf.overrides import REPLACES, several
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _RESERVED = ("recipe.yaml", "report.json", "report.html", "error.json")
 
-# --- the whole ---------------------------------------------------------------------------------------------------------
+# --- the whole ------------------------------------------------------------------------------------------------------
 
 
 def resolve(raw: dict[str, Any], collect: Collector) -> Recipe:
-    """Check grammar and plugin names, without importing torch or any plugin, and return a recipe whose nouns are filled in.
+    """Check grammar and plugin names, without importing torch or any plugin, and return a recipe whose nouns are
+    filled in.
 
-    Mistakes go to `collect`; what has one is replaced by its default, so that the rest is checked, too. Stages that nobody
-    uses and that say `when_used` are left out. Raises `IntegrityError` for names that lead out of the output folder.
+    Mistakes go to `collect`; what has one is replaced by its default, so that the rest is checked, too. Stages that
+    nobody uses and that say `when_used` are left out. Raises `IntegrityError` for names that lead out of the output
+    folder.
     """
     top = settings.validate(Recipe, raw, "", collect)
     _check_name(raw.get("name"), "name", "recipe", collect)
@@ -109,7 +111,7 @@ def raise_all(recipe: Recipe, collect: Collector) -> None:
     collect.raise_if_any()
 
 
-# --- stages ------------------------------------------------------------------------------------------------------------
+# --- stages ---------------------------------------------------------------------------------------------------------
 
 
 def _stage(item: Any, where: str, collect: Collector) -> Stage | None:
@@ -182,7 +184,7 @@ def _plugin_name(kind: str, item: Any, where: str, collect: Collector) -> bool:
     return len(collect.mistakes) == before
 
 
-# --- data, model, training ---------------------------------------------------------------------------------------------
+# --- data, model, training ------------------------------------------------------------------------------------------
 
 
 def _noun(cls: type[Noun], given: Any, where: str, collect: Collector) -> Any:
@@ -292,7 +294,7 @@ def _contradictions(t: Training) -> list[tuple[str, str]]:
     return found
 
 
-# --- order -------------------------------------------------------------------------------------------------------------
+# --- order ----------------------------------------------------------------------------------------------------------
 
 
 def model_refs(stage: Stage) -> dict[str, Any]:
@@ -397,7 +399,7 @@ def merges_seeds(stage: Stage, by_name: dict[str, Stage]) -> bool:
     return isinstance(path, str) and path.startswith("@") and path[1:] in by_name and by_name[path[1:]].seeds > 1
 
 
-# --- plugins -----------------------------------------------------------------------------------------------------------
+# --- plugins --------------------------------------------------------------------------------------------------------
 
 
 def _plugins_of(stage: Stage) -> list[tuple[str, Any, str]]:
@@ -424,12 +426,10 @@ def check_plugins(recipe: Recipe, collect: Collector) -> dict[tuple[str, str], d
             with collect():
                 plugin = registry.load(kind, name)
                 checked[stage.name, f"{kind}:{name}"] = settings.validate(plugin, given, f"{where}.{name}", collect)
-    unique: dict[str, KtError] = {m.cause: m for m in collect.mistakes}
-    collect.mistakes[:] = list(unique.values())
     return checked
 
 
-# --- the resolved recipe -----------------------------------------------------------------------------------------------
+# --- the resolved recipe --------------------------------------------------------------------------------------------
 
 
 def resolved_yaml(

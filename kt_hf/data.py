@@ -1,5 +1,5 @@
-"""Data sets as tasks see them: read, given roles, split, cleaned and cut down. What comes out has one column per role of the
-task, and `index`, the row's number in its split as it was read.
+"""Data sets as tasks see them: read, given roles, split, cleaned and cut down. What comes out has one column per role
+of the task, and `index`, the row's number in its split as it was read.
 
 Shapes: N rows of a split.
 """
@@ -110,7 +110,9 @@ def prepare(name: str, data: Data, task: Task) -> DataInfo:
         _limit(part, split, data)
         counts[split] = len(part.keep)
         if not len(part.keep):
-            raise DataError(f"data '{name}': no rows are left in {split}", "loosen data.where, data.labels or data.drop")
+            raise DataError(
+                f"data '{name}': no rows are left in {split}", "loosen data.where, data.labels or data.drop"
+            )
     if labels is not None:
         _warn_of_classes(parts, labels, name)
     splits = {split: _selected(part) for split, part in parts.items()}
@@ -133,7 +135,7 @@ def _fingerprint(parts: dict[str, _Part], labels: list[str] | None) -> str:
     return digest.hexdigest()[:16]
 
 
-# --- columns -----------------------------------------------------------------------------------------------------
+# --- columns --------------------------------------------------------------------------------------------------------
 
 
 def _refuse_mixed(rows: datasets.Dataset, task: Task, data: Data) -> None:
@@ -174,7 +176,9 @@ def _rename(rows: datasets.Dataset, roles: dict[str, str], split: str) -> datase
     absent = [column for role, column in roles.items() if column not in rows.column_names and role != "label"]
     if absent or (split == "train" and "label" in roles and roles["label"] not in rows.column_names):
         column = absent[0] if absent else roles["label"]
-        raise DataError(f"the split {split} has no column '{column}'", f"its columns are {', '.join(rows.column_names)}")
+        raise DataError(
+            f"the split {split} has no column '{column}'", f"its columns are {', '.join(rows.column_names)}"
+        )
     present = {role: column for role, column in roles.items() if column in rows.column_names}
     rows = rows.select_columns(list(present.values()))
     moves = {column: role for role, column in present.items() if column != role}
@@ -182,11 +186,13 @@ def _rename(rows: datasets.Dataset, roles: dict[str, str], split: str) -> datase
     return rows.rename_columns(aside).rename_columns({aside.get(c, c): r for c, r in moves.items()}) if moves else rows
 
 
-# --- labels ------------------------------------------------------------------------------------------------------
+# --- labels ---------------------------------------------------------------------------------------------------------
 
 
 def _settle_labels(parts: dict[str, _Part], roles: dict[str, str], data: Data) -> list[str] | None:
-    """Labels as numbers of one list of names, -1 where a row has none; with `labels`, only those classes, in that order."""
+    """Labels as numbers of one list of names, -1 where a row has none; with `labels`, only those classes, in that
+    order.
+    """
     if "label" not in roles:
         if data.labels:
             raise RecipeError("data.labels: the data have no class column", "name it: data.columns.label=COLUMN")
@@ -205,7 +211,12 @@ def _settle_labels(parts: dict[str, _Part], roles: dict[str, str], data: Data) -
         if data.labels:
             part.narrow(part.classes >= 0)
     train = parts.get("train")
-    if train is not None and train.classes is not None and len(train.keep) and not (train.classes[train.keep] >= 0).any():
+    if (
+        train is not None
+        and train.classes is not None
+        and len(train.keep)
+        and not (train.classes[train.keep] >= 0).any()
+    ):
         raise DataError("no training row has a label", "name the column of the classes: data.columns.label=COLUMN")
     return [names[i] for i in chosen]
 
@@ -219,7 +230,7 @@ def _class_number(label: Any, names: list[str]) -> int:
 
 
 def _number_labels(splits: dict[str, datasets.Dataset]) -> tuple[list[str], dict[str, np.ndarray]]:
-    """(names, split -> class numbers). Named classes keep their order, others are sorted; splits are matched by name."""
+    """(names, split -> class numbers). Named classes keep their order, others are sorted; splits match by name."""
     with_labels = {split: rows for split, rows in splits.items() if "label" in rows.column_names}
     features = {split: rows.features["label"] for split, rows in with_labels.items()}
     named = [feature for feature in features.values() if isinstance(feature, datasets.ClassLabel)]
@@ -275,7 +286,7 @@ def _warn_of_classes(parts: dict[str, _Part], labels: list[str], name: str) -> N
             logger.warning("data '%s': %d classes have no training rows: %s", name, len(missing), shown)
 
 
-# --- rows --------------------------------------------------------------------------------------------------------
+# --- rows -----------------------------------------------------------------------------------------------------------
 
 
 def _row_hashes(rows: datasets.Dataset, roles: list[str]) -> np.ndarray:
@@ -296,7 +307,9 @@ def _contents(rows: datasets.Dataset, role: str, size: int = 1000) -> Iterator[l
     for chunk in arrow(rows, role).chunks:
         for start in range(0, len(chunk), size):
             values = chunk.slice(start, size).to_pylist()
-            yield [_image_content(v) if image else v.encode() if isinstance(v, str) else repr(v).encode() for v in values]
+            yield [
+                _image_content(v) if image else v.encode() if isinstance(v, str) else repr(v).encode() for v in values
+            ]
 
 
 def _image_content(value: dict[str, Any] | None) -> bytes:
@@ -314,7 +327,9 @@ def _clean(parts: dict[str, _Part], roles: dict[str, str], drop: set[str], name:
 
     Repeated and shared rows, and those without a label, leave `train` only: what is measured on stays as it is.
     """
-    masks: dict[str, dict[str, np.ndarray]] = {split: {"empty": _empty(part.rows, roles)} for split, part in parts.items()}
+    masks: dict[str, dict[str, np.ndarray]] = {
+        split: {"empty": _empty(part.rows, roles)} for split, part in parts.items()
+    }
     train = parts.get("train")
     if train is not None:
         inside = np.zeros(len(train.rows), dtype=bool)
@@ -353,7 +368,9 @@ def _empty(rows: datasets.Dataset, roles: dict[str, str]) -> np.ndarray:
         if isinstance(rows.features[role], datasets.Image):
             bad_N |= _no_image(column)
         elif role in _TEXT_ROLES:
-            length = pc.utf8_length(pc.utf8_trim_whitespace(column)) if _is_text(column) else pc.list_value_length(column)
+            length = (
+                pc.utf8_length(pc.utf8_trim_whitespace(column)) if _is_text(column) else pc.list_value_length(column)
+            )
             bad_N |= _mask(pc.equal(length.fill_null(0), 0))
     return bad_N
 
@@ -379,17 +396,20 @@ def _fill_gaps(part: _Part, split: str, name: str) -> None:
         if isinstance(feature, datasets.Image):
             gaps = int(_no_image(column)[part.keep].sum())
             if gaps:
-                raise DataError(f"data '{name}': {gaps} rows of {split} have no image", "leave them out: data.drop=[empty]")
+                raise DataError(
+                    f"data '{name}': {gaps} rows of {split} have no image", "leave them out: data.drop=[empty]"
+                )
         elif column.null_count and _is_text(column):
             filled = pc.fill_null(column, "").combine_chunks()
             part.rows = part.rows.remove_columns(role).add_column(role, filled, feature=feature).select_columns(order)
 
 
-# --- splits ------------------------------------------------------------------------------------------------------
+# --- splits ---------------------------------------------------------------------------------------------------------
 
 
 def _hold_out(parts: dict[str, _Part], data: Data, name: str) -> None:
-    """A validation split from the training rows where there is none: stratified by class as far as rows allow; copies of a row
+    """A validation split from the training rows where there is none: stratified by class as far as rows allow; copies
+    of a row
     stay together."""
     if "validation" in parts or "train" not in parts:
         return

@@ -1,8 +1,8 @@
 """The data set `digits`: scikit-learn's 1,797 handwritten digits (8x8 pixels), split into two domains.
 
-`source`: 1,000 upright digits (800 training, 100 validation, 100 test). `target`: the other 797, rotated by about 25 degrees and
-noisy (5 training images per class, 150 validation, 597 test). `captions`: the source's training images with a caption
-each, validated and tested on the target. Everything is drawn with fixed seeds.
+`source`: 1,000 upright digits (800 training, 100 validation, 100 test). `target`: the other 797, rotated by about 25
+degrees and noisy (5 training images per class, 150 validation, 597 test). `captions`: the source's training images
+with a caption each, validated and tested on the target. Everything is drawn with fixed seeds.
 """
 
 from __future__ import annotations
@@ -50,12 +50,17 @@ def _shift(pixels_NHW: np.ndarray) -> np.ndarray:
     """Rotate by 25 degrees (standard deviation 5) and add Gaussian noise (standard deviation 30 of 255)."""
     random = np.random.default_rng(7)
     angles = random.normal(25, 5, len(pixels_NHW))
-    turned = [np.asarray(Image.fromarray(p).rotate(a, Image.Resampling.BILINEAR)) for p, a in zip(pixels_NHW, angles, strict=True)]
+    turned = [
+        np.asarray(Image.fromarray(p).rotate(a, Image.Resampling.BILINEAR))
+        for p, a in zip(pixels_NHW, angles, strict=True)
+    ]
     noisy = np.stack(turned).astype(np.float64) + random.normal(0, 30, pixels_NHW.shape)
     return noisy.clip(0, 255).round().astype(np.uint8)
 
 
-def _splits(pixels: np.ndarray, labels: np.ndarray, parts: tuple[np.ndarray, ...], captions: bool) -> datasets.DatasetDict:
+def _splits(
+    pixels: np.ndarray, labels: np.ndarray, parts: tuple[np.ndarray, ...], captions: bool
+) -> datasets.DatasetDict:
     features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=list(WORDS))}
     if captions:
         features["text"] = datasets.Value("string")

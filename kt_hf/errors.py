@@ -93,8 +93,8 @@ class Collector:
         self.mistakes.append(RecipeError(cause, remedy))
 
     def raise_if_any(self) -> None:
-        if self.mistakes:
-            raise Mistakes(self.mistakes)
+        if self.mistakes:  # stages that share data share its mistakes: say each once
+            raise Mistakes(list({(m.cause, m.remedy): m for m in self.mistakes}.values()))
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:

@@ -75,15 +75,29 @@ def _check_same(folder: Path, recipe: dict[str, Any], allow_changed: Sequence[st
         return
     refused = [key for key in keys if not any(key == a or key.startswith(f"{a}.") for a in allow_changed)]
     if refused:
-        shown = "; ".join(f"{k}: {old.get(k, '(absent)')} -> {new.get(k, '(absent)')}" for k in refused[:10])
-        more = f" and {len(refused) - 10} others" if len(refused) > 10 else ""
-        raise RecipeError(
-            f"{folder} holds a run with other settings: {shown}{more}",
-            "use another --output-dir, --allow-changed KEY to continue all the same, or --overwrite to set the old run aside",
+        changes = list(dict.fromkeys(_change(key, old, new) for key in refused))
+        shown = "; ".join(changes[:10])
+        more = f" and {len(changes) - 10} others" if len(changes) > 10 else ""
+        remedy = (
+            "use another --output-dir, continue all the same with --allow-changed KEY, or set it aside with --overwrite"
         )
+        raise RecipeError(f"{folder} holds a run with other settings: {shown}{more}", remedy)
     for key in keys:
-        change = f"{old.get(key, '(absent)')} -> {new.get(key, '(absent)')}"
-        logger.warning("continuing with a changed setting: %s: %s (finished stages stay as they are)", key, change)
+        change = _change(key, old, new)
+        logger.warning("continuing with a changed setting: %s (finished stages stay as they are)", change)
+
+
+def _change(key: str, old: dict[str, str], new: dict[str, str]) -> str:
+    """A difference in words; what one of the two lacks as a whole is said once."""
+    if key in old and key in new:
+        return f"{key}: {old[key]} -> {new[key]}"
+    lacking = old if key not in old else new
+    parts = key.split(".")
+    for n in range(1, len(parts)):
+        whole = ".".join(parts[:n])
+        if not any(k == whole or k.startswith(f"{whole}.") for k in lacking):
+            return f"{whole}: {'(absent) -> present' if lacking is old else 'present -> (absent)'}"
+    return f"{key}: {old.get(key, '(absent)')} -> {new.get(key, '(absent)')}"
 
 
 def _begun(folder: Path) -> bool:
@@ -185,4 +199,10 @@ def finish(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _files(path: Path) -> list[Path]:
-    return [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file() and p.name != "README.md"] if path.is_dir() else []
+    return (
+        [path]
+        if path.is_file()
+        else [p for p in path.rglob("*") if p.is_file() and p.name != "README.md"]
+        if path.is_dir()
+        else []
+    )

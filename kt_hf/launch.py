@@ -1,4 +1,5 @@
-"""`main`: what the last line of a recipe file calls. Reads the command line, runs the recipe, turns faults into exit codes.
+"""`main`: what the last line of a recipe file calls. Reads the command line, runs the recipe, turns faults into exit
+codes.
 
 Torch is not imported before the grammar has been checked.
 """
@@ -126,10 +127,8 @@ def set_threads(resolved: Any) -> None:
 
 def die_with_parent() -> None:
     """Ask Linux for a SIGTERM when a launcher dies, so that no orphan trains on. Only under a launcher."""
-    if (
-        sys.platform != "linux"
-        or "ACCELERATE_MIXED_PRECISION" not in os.environ
-        and "TORCHELASTIC_RUN_ID" not in os.environ
+    if sys.platform != "linux" or (
+        "ACCELERATE_MIXED_PRECISION" not in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
     ):
         return
     import ctypes

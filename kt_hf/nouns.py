@@ -1,7 +1,7 @@
 """The nouns of the grammar: `Recipe`, `Data`, `Model`, `Training` and the four stages.
 
-They only record what they are given, so that a recipe file never fails half-way: all mistakes of a recipe are found together
-by `checking.resolve`, before torch is imported. What a noun accepts is its constructor's signature.
+They only record what they are given, so that a recipe file never fails half-way: all mistakes of a recipe are found
+together by `checking.resolve`, before torch is imported. What a noun accepts is its constructor's signature.
 """
 
 from __future__ import annotations
@@ -83,12 +83,12 @@ class Noun:
 class Data(Noun):
     """A data set.
 
-    path: a folder with train/validation/test files, one file, a Hub id, or `digits` (scikit-learn's, for trying things out).
-    name: configuration of that data set. columns: role -> column, where they are ambiguous. splits: our split -> theirs.
-    where: column -> value or values to keep. labels: names of the classes to keep. k_shot: training examples per class.
-    max_examples: at most so many rows per split. validation_size: fraction or number of training rows held out when there
-    is no validation split. drop: kinds of rows to drop (all are counted). augment: torchvision v2 transforms, by name.
-    seed: of the subsets and splits.
+    path: a folder with train/validation/test files, one file, a Hub id, or `digits` (scikit-learn's, for trying
+    things out). name: configuration of that data set. columns: role -> column, where they are ambiguous. splits: our
+    split -> theirs. where: column -> value or values to keep. labels: names of the classes to keep. k_shot: training
+    examples per class. max_examples: at most so many rows per split. validation_size: fraction or number of training
+    rows held out when there is no validation split. drop: kinds of rows to drop (all are counted). augment:
+    torchvision v2 transforms, by name. seed: of the subsets and splits.
     """
 
     def __init__(
@@ -114,10 +114,10 @@ class Data(Noun):
 class Model(Noun):
     """A model: a checkpoint (`path`), or a fresh one (`config`).
 
-    path: a folder, a Hub id, or `@stage`. config: a model type such as `vit` or a folder or Hub id with a config.json;
-    `config_overrides` changes its fields. processor: where the tokenizer or image processor comes from, if not from the model;
-    replace_head: give the model a new head when its labels differ from the data's. image, text, projection_dim: the two
-    towers of a dual encoder and the width of the space they share.
+    path: a folder, a Hub id, or `@stage`. config: a model type such as `vit` or a folder or Hub id with a
+    config.json; `config_overrides` changes its fields. processor: where the tokenizer or image processor comes from,
+    if not from the model; replace_head: give the model a new head when its labels differ from the data's. image,
+    text, projection_dim: the two towers of a dual encoder and the width of the space they share.
     """
 
     def __init__(
@@ -143,9 +143,10 @@ class Training(Noun):
     """Settings of the training loop, with the names and meanings of transformers' `TrainingArguments`.
 
     learning_rate: one, or a list from which the best on validation data is taken (tried with the stage's first seed).
-    eval_steps, save_steps: every so many optimizer steps; a value below 1 is a fraction of the run, 0 is never. Without
-    a value, evaluation is after every epoch but at most ten times, and nothing is saved before the end. metric_for_best_model: with
-    load_best_model_at_end or early_stopping_patience; the task's first metric by default. num_threads: CPU threads of a rank.
+    eval_steps, save_steps: every so many optimizer steps; a value below 1 is a fraction of the run, 0 is never.
+    Without a value, evaluation is after every epoch but at most ten times, and nothing is saved before the end.
+    metric_for_best_model: with load_best_model_at_end or early_stopping_patience; the task's first metric by default.
+    num_threads: CPU threads of a rank.
     """
 
     def __init__(
@@ -223,7 +224,9 @@ class Train(Stage):
 
 
 class Merge(Stage):
-    """Merges models in weight space. Over one seeded stage it takes all seeds as parents; over several, seed i of each."""
+    """Merges models in weight space. Over one seeded stage it takes all seeds as parents; over several, seed i of
+    each.
+    """
 
     verb = "merge"
 
@@ -286,8 +289,8 @@ class Evaluate(Stage):
 class Recipe(Noun):
     """The whole: stages, and the defaults that a stage may override.
 
-    data: one data set, or a mapping of names to data sets. seeds: repetitions of every stage. push_to_hub: repository for the
-    last stage's model.
+    data: one data set, or a mapping of names to data sets. seeds: repetitions of every stage. push_to_hub: repository
+    for the last stage's model.
     """
 
     def __init__(

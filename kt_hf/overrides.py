@@ -1,8 +1,10 @@
-"""Changing a recipe from outside: dotted `key=value` settings and `--config` files, applied to the recipe as nested mappings.
+"""Changing a recipe from outside: dotted `key=value` settings and `--config` files, applied to the recipe as nested
+mappings.
 
-Another data path or model starts from blank settings of that data or model, because the recipe's describe the old one; other
-overrides of the same noun still apply. `training.x` from outside holds for all Train stages, also for those which the recipe
-gives a value of their own. A setting that replaces another (`max_steps` and `num_train_epochs`) takes the other's place.
+Another data path or model starts from blank settings of that data or model, because the recipe's describe the old
+one; other overrides of the same noun still apply. `training.x` from outside holds for all Train stages, also for
+those which the recipe gives a value of their own. A setting that replaces another (`max_steps` and
+`num_train_epochs`) takes the other's place.
 """
 
 from __future__ import annotations
@@ -64,7 +66,7 @@ def several(data: Any) -> bool:
     return all(isinstance(value, (dict, str)) for value in data.values())
 
 
-# --- reading changes ---------------------------------------------------------------------------------------------------
+# --- reading changes ------------------------------------------------------------------------------------------------
 
 
 def parse_override(text: str) -> Change:
@@ -84,7 +86,7 @@ def leaves(value: Any, path: Sequence[str] = ()) -> list[Change]:
     return [(list(path), value)]
 
 
-# --- applying changes --------------------------------------------------------------------------------------------------
+# --- applying changes -----------------------------------------------------------------------------------------------
 
 
 def override(raw: dict[str, Any], changes: Sequence[Change], collect: Collector, config: Sequence[Change] = ()) -> None:
@@ -110,8 +112,7 @@ def _spell_out(changes: Sequence[Change]) -> list[Change]:
         noun = (
             path[-1] in ("model", "base", "training")
             or path == ["data"]
-            or path[-2:-1] == ["model"]
-            and path[-1] in _TOWERS
+            or (path[-2:-1] == ["model"] and path[-1] in _TOWERS)
         )
         named_set = path[:1] == ["data"] and len(path) == 2 and path[1] not in settings.parameters(Data)
         if isinstance(value, dict) and value and (noun or path[-1] == "data"):
@@ -124,7 +125,9 @@ def _spell_out(changes: Sequence[Change]) -> list[Change]:
 
 
 def _kind(path: list[str]) -> str:
-    """`whole` where a setting says which data or model is meant, `tower` for one half of a dual encoder, else nothing."""
+    """`whole` where a setting says which data or model is meant, `tower` for one half of a dual encoder, else
+    nothing.
+    """
     if len(path) < 2:
         return ""
     last, owner = path[-1], path[-2]
@@ -152,7 +155,7 @@ def _start_anew(raw: dict[str, Any], path: list[str]) -> None:
 
 def _make_way(raw: dict[str, Any], path: list[str]) -> None:
     """Take what a training setting replaces: on the spot, and from all stages where it is the recipe's."""
-    if path[-2:-1] != ["training"] and path[:1] != ["training"] or len(path) < 2:
+    if (path[-2:-1] != ["training"] and path[:1] != ["training"]) or len(path) < 2:
         return
     key = path[path.index("training") + 1]
     other = REPLACES.get(key)
@@ -239,7 +242,9 @@ def _put(node: Any, path: list[str], value: Any, collect: Collector) -> None:
 
 
 def _enter(raw: dict[str, Any], node: Any, path: list[str], i: int) -> Any:
-    """The mapping or list behind `path[i]`, made where it is missing, short forms written out. None where there is none."""
+    """The mapping or list behind `path[i]`, made where it is missing, short forms written out. None where there is
+    none.
+    """
     part = path[i]
     if isinstance(node, list):
         position = _position(node, part)
@@ -255,7 +260,7 @@ def _enter(raw: dict[str, Any], node: Any, path: list[str], i: int) -> Any:
         shared = raw.get("data")
         known = shared.get(found) if isinstance(shared, dict) and several(shared) else None
         found = node[part] = copy.deepcopy(known) if isinstance(known, dict) else {"path": found}
-    elif isinstance(found, str) and (part in (*_MODELS, "data") or path[i - 1 : i] == ["model"] and part in _TOWERS):
+    elif isinstance(found, str) and (part in (*_MODELS, "data") or (path[i - 1 : i] == ["model"] and part in _TOWERS)):
         found = node[part] = {"path": found}
     elif isinstance(found, str) and part in _PLUGINS:
         found = node[part] = {found: {}}

@@ -44,7 +44,8 @@ def read(data: Data) -> datasets.DatasetDict:
 def read_counted(data: Data) -> tuple[datasets.DatasetDict, int]:
     """(the splits, how many unreadable rows were left out). Read once in a process, as long as the files do not change.
 
-    Raises `DataError`, `HubError` where there is no such data set, and `RecipeError` for a split or name that is not there.
+    Raises `DataError`, `HubError` where there is no such data set, and `RecipeError` for a split or name that is not
+    there.
     """
     if data.path == "digits" and not Path("digits").exists():
         from kt_hf import digits
@@ -86,7 +87,12 @@ def _load(data: Data, skip: bool) -> tuple[Any, int]:
         if not any(path.iterdir()):
             raise DataError(f"data '{data.path}': the folder is empty", _LAYOUT)
         return datasets.load_dataset(str(path), data.name), 0
-    if path.is_absolute() or data.path.startswith(("./", "../", "~")) or data.path.count("/") > 1 or path.suffix in _READERS:
+    if (
+        path.is_absolute()
+        or data.path.startswith(("./", "../", "~"))
+        or data.path.count("/") > 1
+        or path.suffix in _READERS
+    ):
         raise DataError(f"data '{data.path}': there is no such folder or file", _siblings(path))
     return datasets.load_dataset(data.path, data.name, revision=data.revision), 0
 
@@ -98,7 +104,9 @@ def _siblings(path: Path) -> str:
         return f"there is no folder {folder} either"
     names = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
     close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
-    return (f"did you mean '{folder / close[0]}'? " if close else "") + f"{folder} holds: {', '.join(names[:20]) or 'nothing'}"
+    return (
+        f"did you mean '{folder / close[0]}'? " if close else ""
+    ) + f"{folder} holds: {', '.join(names[:20]) or 'nothing'}"
 
 
 def _name_splits(found: Any, data: Data) -> datasets.DatasetDict:
@@ -137,7 +145,7 @@ def _split_files(folder: Path, names: dict[str, str]) -> dict[str, Path]:
     return files
 
 
-# --- files -------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------------------------
 
 
 def _read_files(files: dict[str, Path], skip: bool) -> tuple[datasets.DatasetDict, int]:
@@ -281,7 +289,7 @@ def mixed_row(rows: datasets.Dataset, column: str) -> tuple[int, str] | None:
     return None
 
 
-# --- errors ------------------------------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------------------------
 
 
 def _chain(error: BaseException) -> str:
@@ -293,9 +301,15 @@ def _chain(error: BaseException) -> str:
 
 def _unreadable(data: Data, error: Exception) -> KtError:
     text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    far = isinstance(error, OSError) and "ffline" in text or "doesn't exist on the Hub" in text or "Couldn't reach" in text
+    far = (
+        (isinstance(error, OSError) and "ffline" in text)
+        or "doesn't exist on the Hub" in text
+        or "Couldn't reach" in text
+    )
     if far or type(error).__name__ in ("DatasetNotFoundError", "HFValidationError", "OfflineModeIsEnabled"):
-        cause = f"data '{data.path}' is no folder or file, and not on the Hub as far as it can be reached ({text[:120]})"
+        cause = (
+            f"data '{data.path}' is no folder or file, and not on the Hub as far as it can be reached ({text[:120]})"
+        )
         return HubError(cause, "check data.path, or the network")
     if isinstance(error, ValueError) and "BuilderConfig" in text:
         return RecipeError(f"data.name: {text}", "name one of the data set's configurations")

@@ -201,7 +201,7 @@ def _bytes(count: float | None) -> str:
         return "-"
     for size, unit in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
         if count >= size:
-            return f"{count / size:.3g} {unit}"
+            return f"{count / size:.1f} {unit}" if unit == "GiB" else f"{count / size:.0f} {unit}"
     return f"{count:.0f} B"
 
 

@@ -36,10 +36,11 @@ def kinds(feature: Any) -> tuple[str, ...]:
 def find_roles(
     features: Any, roles: Sequence[Role], columns: dict[str, str] | None = None, strict: bool = True
 ) -> dict[str, str]:
-    """role -> column: those named, then columns of the role's own name or a usual one, then the only one of a fitting kind.
+    """role -> column: those named, then columns of the role's own name or a usual one, then the only one of a fitting
+    kind.
 
-    Raises `RecipeError` that lists the candidates when a required role stays open, or several columns have a usual name of it,
-    and `strict` is set.
+    Raises `RecipeError` that lists the candidates when a required role stays open, or several columns have a usual
+    name of it, and `strict` is set.
     """
     found = _named(features, roles, columns or {})
     for role in roles:
@@ -80,7 +81,9 @@ def fitting_tasks(features: Any, columns: dict[str, str] | None = None) -> list[
             roles = find_roles(features, task.roles, columns, strict=False)
             if task.fits(roles):
                 found.append((name, task, roles))
-    seeing = [item for item in found if all(kinds(features[c]) != ("image",) for c in features if c not in item[2].values())]
+    seeing = [
+        item for item in found if all(kinds(features[c]) != ("image",) for c in features if c not in item[2].values())
+    ]
     return [(name, task) for name, task, _ in seeing or found]
 
 
@@ -93,7 +96,9 @@ def _named(features: Any, roles: Sequence[Role], columns: dict[str, str]) -> dic
             raise RecipeError(f"data.columns.{name}: there is no column '{column}'", nearest(column, features))
         if not _suits(features[column], by_name[name], named=True):
             wanted = " or ".join(by_name[name].kinds)
-            raise RecipeError(f"data.columns.{name}: '{column}' is {describe(features[column])}, not {wanted}", "name another column")
+            raise RecipeError(
+                f"data.columns.{name}: '{column}' is {describe(features[column])}, not {wanted}", "name another column"
+            )
         same = [other for other, c in columns.items() if c == column and other != name]
         if same:
             raise RecipeError(f"data.columns: '{column}' is named for {name} and for {same[0]}", "name a column once")

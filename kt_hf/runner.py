@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,8 +102,7 @@ def run_resolved(
         check_plugins_build(recipe, settings, collect)
     collect.raise_if_any()
     quiet_libraries()
-    kwargs = DistributedDataParallelKwargs(broadcast_buffers=False)
-    accelerator = Accelerator(kwargs_handlers=[kwargs])
+    accelerator = make_accelerator()
     context = Context(accelerator, root, recipe, settings, until=until)
     written = grammar.resolved_yaml(recipe, raw, settings)
     if print_only:
@@ -116,6 +117,16 @@ def run_resolved(
             return _execute(context, collect)
     accelerator.wait_for_everyone()
     return _execute(context, collect)
+
+
+def make_accelerator() -> Accelerator:
+    """Accelerate's view of where we run. Under plain torchrun without an accelerator it must be told that ranks on CPUs are
+    meant, or every rank would think that it is alone."""
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    on_cpu = ranks > 1 and not torch.accelerator.is_available()
+    accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
+    assert accelerator.num_processes == ranks, f"{ranks} processes were started, accelerate sees {accelerator.num_processes}"
+    return accelerator
 
 
 def _execute(context: Context, collect: Collector) -> dict[str, Any]:
@@ -148,7 +159,9 @@ def _execute(context: Context, collect: Collector) -> dict[str, Any]:
 
 
 def quiet_libraries() -> None:
-    """Progress bars and advice of the libraries below are not ours to show."""
+    """Progress bars, advice and deprecations of the libraries below are not ours to show."""
+    for library in ("accelerate", "transformers", "peft", "torch", "datasets"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=library)
     import datasets
     import transformers
 

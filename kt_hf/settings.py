@@ -62,8 +62,8 @@ def schema(cls: type, partial: bool = False) -> type[pydantic.BaseModel]:
 def validate(cls: type, given: Any, where: str, collect: Collector, positional: str = "") -> dict[str, Any]:
     """Check `given` against the signature of `cls`; mistakes go to `collect`, named by the dotted path `where`.
 
-    Returns the settings with defaults filled in and strings converted; a setting with a mistake has its default (None where
-    there is none). A bare value stands for the setting named `positional`.
+    Returns the settings with defaults filled in and strings converted; a setting with a mistake has its default (None
+    where there is none). A bare value stands for the setting named `positional`.
     """
     if given is None:
         given = {}
@@ -176,7 +176,7 @@ def describe_type(annotation: Any) -> str:
         return describe_type(base) + (f", {' and '.join(limits)}" if limits else "")
     if typing.get_origin(annotation) is typing.Literal:
         return " | ".join(map(repr, typing.get_args(annotation)))
-    if typing.get_args(annotation) and "|" in str(annotation) or typing.get_origin(annotation) is typing.Union:
+    if (typing.get_args(annotation) and "|" in str(annotation)) or typing.get_origin(annotation) is typing.Union:
         return " | ".join(describe_type(part) for part in typing.get_args(annotation))
     if annotation is type(None):
         return "null"

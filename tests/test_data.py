@@ -1,4 +1,6 @@
-"""Data sets: reading, roles, labels, subsets, splits, cleaning. All sets are made here, with the columns of real ones."""
+"""Data sets: reading, roles, labels, subsets, splits, cleaning. All sets are made here, with the columns of real
+ones.
+"""
 
 from __future__ import annotations
 
@@ -127,7 +129,11 @@ def test_splits_may_lack_labels_but_nothing_else(tmp_path: Path) -> None:
         ("e.csv", b"text,label\n", ["e.csv holds no rows"]),
         ("f.csv", b"text,text,label\na,b,c\n", ["two columns are called 'text'"]),
         ("g.parquet", b"PAR1 truncated", ["g.parquet cannot be read"]),
-        ("h.jsonl", b'{"text":"a","label":1}\n{"text":"b","label":"x"}\n', ["column 'label' mixes int and str", "row 2"]),
+        (
+            "h.jsonl",
+            b'{"text":"a","label":1}\n{"text":"b","label":"x"}\n',
+            ["column 'label' mixes int and str", "row 2"],
+        ),
         ("i.pkl", b"x", ["unknown kind of file"]),
         ("j.csv", b"text,label\nonly,x\n", ["validation_size asks for 1 of 1"]),
     ],
@@ -179,7 +185,12 @@ def test_data_that_are_not_there(tmp_path: Path) -> None:
 V, C = datasets.Value, datasets.ClassLabel
 STRINGS, PICTURE = datasets.List(V("string")), datasets.Image()
 LAYOUTS: list[tuple[str, str, dict[str, Any], dict[str, str]]] = [
-    ("sst2, cola", TEXT, {"sentence": V("string"), "label": C(names=["a", "b"])}, {"text": "sentence", "label": "label"}),
+    (
+        "sst2, cola",
+        TEXT,
+        {"sentence": V("string"), "label": C(names=["a", "b"])},
+        {"text": "sentence", "label": "label"},
+    ),
     ("trec, ag_news", TEXT, {"text": V("string"), "label": C(names=["a", "b"])}, {"text": "text", "label": "label"}),
     (
         "mrpc, rte",
@@ -200,14 +211,26 @@ LAYOUTS: list[tuple[str, str, dict[str, Any], dict[str, str]]] = [
         {"text": "text", "label": "label"},
     ),
     ("csv", TEXT, {"label": V("large_string"), "text": V("large_string")}, {"text": "text", "label": "label"}),
-    ("one fitting column each", TEXT, {"utterance": V("string"), "intent": C(names=["a"])}, {"text": "utterance", "label": "intent"}),
+    (
+        "one fitting column each",
+        TEXT,
+        {"utterance": V("string"), "intent": C(names=["a"])},
+        {"text": "utterance", "label": "intent"},
+    ),
     ("cifar10, mnist", IMAGE, {"image": PICTURE, "label": C(names=["a"])}, {"image": "image", "label": "label"}),
     ("hub", IMAGE, {"img": PICTURE, "fine": C(names=["a"])}, {"image": "img", "label": "fine"}),
-    ("pacs", IMAGE, {"image": PICTURE, "label": C(names=["a"]), "domain": V("string")}, {"image": "image", "label": "label"}),
+    (
+        "pacs",
+        IMAGE,
+        {"image": PICTURE, "label": C(names=["a"]), "domain": V("string")},
+        {"image": "image", "label": "label"},
+    ),
 ]
 
 
-@pytest.mark.parametrize(("kind", "features", "roles"), [case[1:] for case in LAYOUTS], ids=[case[0] for case in LAYOUTS])
+@pytest.mark.parametrize(
+    ("kind", "features", "roles"), [case[1:] for case in LAYOUTS], ids=[case[0] for case in LAYOUTS]
+)
 def test_roles_of_real_layouts(kind: str, features: dict[str, Any], roles: dict[str, str]) -> None:
     assert find_roles(features, task(kind).roles) == roles
     assert task(kind).fits(roles)
@@ -216,7 +239,11 @@ def test_roles_of_real_layouts(kind: str, features: dict[str, Any], roles: dict[
 @pytest.mark.parametrize(
     ("features", "columns", "part"),
     [
-        ({"sentence": V("string"), "question": V("string"), "label": C(names=["a"])}, {}, "several columns could be the text"),
+        (
+            {"sentence": V("string"), "question": V("string"), "label": C(names=["a"])},
+            {},
+            "several columns could be the text",
+        ),
         ({"x": V("string"), "y": V("string"), "label": C(names=["a"])}, {}, "several columns could be the text: x, y"),
         ({"text": V("string"), "mood": V("string")}, {}, "no column can be the label"),
         ({"text": V("string"), "score": V("float32")}, {"label": "score"}, "'score' is float32, not class"),
@@ -269,7 +296,14 @@ def test_labels_of_any_kind(tmp_path: Path, values: list[Any], labels: list[str]
 
 
 def test_minus_one_is_no_class_where_training_rows_do_not_have_it(tmp_path: Path) -> None:
-    info = prepared(write(tmp_path, train={"text": ["a", "b"], "label": [0, 1]}, validation={"text": ["c"], "label": [0]}, test={"text": ["d"], "label": [-1]}))
+    info = prepared(
+        write(
+            tmp_path,
+            train={"text": ["a", "b"], "label": [0, 1]},
+            validation={"text": ["c"], "label": [0]},
+            test={"text": ["d"], "label": [-1]},
+        )
+    )
     assert info.labels == ["0", "1"] and info.evaluation_split == "validation"
 
 
@@ -293,7 +327,9 @@ def test_columns_that_are_no_class_and_training_rows_without_any(tmp_path: Path)
         prepared(write(tmp_path / "b", features=features, train=none, validation=none))
 
 
-def test_single_class_splits_and_untrained_classes_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_single_class_splits_and_untrained_classes_are_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     prepared(write(tmp_path, train=texts(9, classes=1), validation=texts(6, "v", classes=2)))
     assert "all 9 rows of train have a single class, 'c0'" in logged(caplog)
     prepared(write(tmp_path / "b", train=texts(9, classes=2), validation=texts(6, "v", classes=3)))
@@ -329,7 +365,9 @@ def test_max_examples(tmp_path: Path) -> None:
     folder = write(tmp_path, train=texts(30), validation=texts(9, "v"), test=texts(6, "t"))
     assert [prepared(folder, max_examples=8).counts[s] for s in ("train", "validation", "test")] == [8, 8, 6]
     assert [prepared(folder, max_examples={"test": 2}).counts[s] for s in ("train", "test")] == [30, 2]
-    assert list(prepared(folder, max_examples=8).splits["train"]["index"]) == sorted(prepared(folder, max_examples=8).splits["train"]["index"])
+    assert list(prepared(folder, max_examples=8).splits["train"]["index"]) == sorted(
+        prepared(folder, max_examples=8).splits["train"]["index"]
+    )
 
 
 def test_the_hold_out_is_stratified_and_keeps_copies_together(tmp_path: Path) -> None:
@@ -348,7 +386,7 @@ def test_the_hold_out_is_stratified_and_keeps_copies_together(tmp_path: Path) ->
 def test_the_fingerprint_follows_the_rows(tmp_path: Path) -> None:
     first = prepared(write(tmp_path / "a", train=texts(9), validation=texts(3, "v"))).fingerprint
     assert prepared(write(tmp_path / "b", train=texts(9), validation=texts(3, "v"))).fingerprint == first
-    for i, change in enumerate(({"text": ["other"] + texts(9)["text"][1:]}, {"label": ["c1"] + texts(9)["label"][1:]})):
+    for i, change in enumerate(({"text": ["other", *texts(9)["text"][1:]]}, {"label": ["c1", *texts(9)["label"][1:]]})):
         rows = {**texts(9), **change}
         assert prepared(write(tmp_path / f"c{i}", train=rows, validation=texts(3, "v"))).fingerprint != first
 
@@ -398,7 +436,11 @@ def test_dropping_everything_is_an_error(tmp_path: Path) -> None:
 def test_images(tmp_path: Path) -> None:
     features = datasets.Features(image=PICTURE, label=C(names=["dark", "light"]))
     train = {"image": [image(v) for v in (0, 10, 10, 200, 250)], "label": [0, 0, 0, 1, 1]}
-    info = prepared(write(tmp_path, features=features, train=train, test={"image": [image(250)], "label": [1]}), IMAGE, validation_size=1)
+    info = prepared(
+        write(tmp_path, features=features, train=train, test={"image": [image(250)], "label": [1]}),
+        IMAGE,
+        validation_size=1,
+    )
     assert info.counts["duplicates"] == 1 and info.counts["overlap"] == 1 and info.labels == ["dark", "light"]
     assert info.splits["train"]["image"][0].size == (4, 4)
 
@@ -435,6 +477,9 @@ def test_digits_are_two_domains_and_captions() -> None:
 def test_augmentation_by_name() -> None:
     steps = transforms([{"RandomRotation": {"degrees": 10}}, "RandomHorizontalFlip"])
     assert steps(image(3)).size == (4, 4)
-    for wrong, part in (("RandomRotatoin", "did you mean 'RandomRotation'"), ({"RandomRotation": {"degrese": 1}}, "degrese")):
+    for wrong, part in (
+        ("RandomRotatoin", "did you mean 'RandomRotation'"),
+        ({"RandomRotation": {"degrese": 1}}, "degrese"),
+    ):
         with pytest.raises(KtError, match=part):
             transforms([wrong])

@@ -7,9 +7,8 @@ import math
 import multiprocessing
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -21,9 +20,11 @@ from torch.nn import functional as F
 
 from kt_hf import Model
 from kt_hf.bundle import Bundle, Position
-from kt_hf.data import DataInfo
 from kt_hf.errors import IntegrityError, RecipeError
 from kt_hf.task import Loaded
+
+if TYPE_CHECKING:
+    from kt_hf.data import DataInfo
 
 WORDS = ["red", "green", "blue"]
 VIT = {
@@ -74,6 +75,10 @@ FAMILIES = {
 
 
 def make_info(text: Any = "string", labels: list[str] | None = WORDS, rows: int = 8) -> DataInfo:
+    import datasets
+
+    from kt_hf.data import DataInfo
+
     random = np.random.default_rng(0)
     images = [Image.fromarray(random.integers(0, 255, (16, 16, 3), dtype=np.uint8)) for _ in range(rows)]
     columns: dict[str, Any] = {"image": images, "index": list(range(rows))}
@@ -89,7 +94,7 @@ def make_info(text: Any = "string", labels: list[str] | None = WORDS, rows: int 
     return DataInfo("toy", {"train": data}, {k: k for k in columns if k != "index"}, labels, "0")
 
 
-INFO = make_info()
+INFO: Any = make_info() if multiprocessing.parent_process() is None else None  # the two ranks below need no data
 
 
 def make_batch(
@@ -122,7 +127,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return get
 
 
-# --- families ----------------------------------------------------------------------------------------------------------
+# --- families ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -257,7 +262,7 @@ def test_parts(built: Any, family: str) -> None:
         assert task.head(loaded.model) == ["visual_projection", "text_projection"]
 
 
-# --- rows --------------------------------------------------------------------------------------------------------------
+# --- rows -------------------------------------------------------------------------------------------------------------
 
 
 def test_captions_are_drawn_in_training_alone(built: Any) -> None:
@@ -297,7 +302,7 @@ def test_metric_follows_the_data() -> None:
     assert task.metric == "accuracy"
 
 
-# --- retrieval ---------------------------------------------------------------------------------------------------------
+# --- retrieval --------------------------------------------------------------------------------------------------------
 
 
 def naive_hits(queries: np.ndarray, candidates: np.ndarray, ids: np.ndarray, k: int) -> list[float]:
@@ -354,7 +359,7 @@ def test_recalls_in_blocks() -> None:
     assert whole[some].tolist() == expected
 
 
-# --- contrastive -------------------------------------------------------------------------------------------------------
+# --- contrastive ------------------------------------------------------------------------------------------------------
 
 
 def normal(rows: int, seed: int) -> torch.Tensor:
@@ -407,7 +412,17 @@ def gradients(kind: str, share: list[int], rank: int, world: int) -> dict[str, t
     loaded = Loaded(model, new_parameters=["logit_scale"])
     strategy.setup(model, SimpleNamespace(task=task, rank=rank, world=world, loaded=loaded))
     bundle = Bundle(loaded, task, {"contrastive": strategy})
-    position = Position(0, 0.0, 0, 1, 0, rank, world, {"train": {"example": torch.tensor(6.0)}}, {"train": share if world > 1 else [size]})
+    position = Position(
+        0,
+        0.0,
+        0,
+        1,
+        0,
+        rank,
+        world,
+        {"train": {"example": torch.tensor(6.0)}},
+        {"train": share if world > 1 else [size]},
+    )
     terms = bundle("loss", batch, {}, position)
     torch.stack([v for v in terms.values() if v.requires_grad]).sum().backward()
     found = {name: p.grad.clone() for name, p in bundle.named_parameters() if p.grad is not None}

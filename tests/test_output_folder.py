@@ -1,4 +1,6 @@
-"""The output folder: whose it is, who holds it, what is finished, what a failure leaves; and that recipe.yaml reproduces a run."""
+"""The output folder: whose it is, who holds it, what is finished, what a failure leaves; and that recipe.yaml
+reproduces a run.
+"""
 
 from __future__ import annotations
 
@@ -91,7 +93,15 @@ def test_recipe_yaml_reproduces_the_bits_of_the_weights(finished: Path, tmp_path
 
 def test_the_command_reproduces_them_too(finished: Path, tmp_path: Path) -> None:
     pytest.importorskip("kt_hf.cli", reason="this checkout has no kt_hf/cli.py")
-    command = [sys.executable, "-m", "kt_hf.cli", "run", str(finished / "recipe.yaml"), "--output-dir", str(tmp_path / "again")]
+    command = [
+        sys.executable,
+        "-m",
+        "kt_hf.cli",
+        "run",
+        str(finished / "recipe.yaml"),
+        "--output-dir",
+        str(tmp_path / "again"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert weights(tmp_path / "again") == weights(finished)
@@ -195,11 +205,12 @@ def test_overwrite_does_not_move_the_folder_one_stands_in(tmp_path: Path, monkey
 
 
 def test_a_held_folder_is_refused_at_once(tmp_path: Path) -> None:
-    holder = subprocess.Popen(
-        [sys.executable, "-c", "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); time.sleep(60)", str(tmp_path / ".lock")],
-        stdout=subprocess.PIPE,
-        text=True,
+    code = (
+        "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); "
+        "print('held', flush=True); time.sleep(60)"
     )
+    command = [sys.executable, "-c", code, str(tmp_path / ".lock")]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
         go(tiny(), tmp_path, code=2)

@@ -14,9 +14,16 @@ from kt_hf.data import prepare, read
 from kt_hf.roles import fitting_tasks
 
 FOLDER = Path(__file__).parent.parent.parent / "shared" / "data"
-pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="the real data sets are not beside this checkout (../shared/data)")
+pytestmark = pytest.mark.skipif(
+    not FOLDER.is_dir(), reason="the real data sets are not beside this checkout (../shared/data)"
+)
 
-TEXT, IMAGE, PAIRS, LANGUAGE = "text-classification", "image-classification", "zero-shot-image-classification", "text-generation"
+TEXT, IMAGE, PAIRS, LANGUAGE = (
+    "text-classification",
+    "image-classification",
+    "zero-shot-image-classification",
+    "text-generation",
+)
 # name: task, rows of train, validation and test, number of classes
 SETS: dict[str, tuple[str, tuple[int, int, int], int | None]] = {
     "sst2": (TEXT, (67349, 872, 1821), 2),

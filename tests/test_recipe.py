@@ -36,7 +36,9 @@ def example() -> Recipe:
                 training={"num_train_epochs": 2, "learning_rate": 3e-3},
                 when_used=True,
             ),
-            Train("student", strategies=["lora", {"distill": {"teacher": "@source", "temperature": 4.0}}, "ema"], seeds=2),
+            Train(
+                "student", strategies=["lora", {"distill": {"teacher": "@source", "temperature": 4.0}}, "ema"], seeds=2
+            ),
             Merge("soup", "uniform_soup", models=["@student"]),
         ],
     )
@@ -96,8 +98,8 @@ def test_stages_get_the_recipes_defaults_and_keep_their_own() -> None:
 
 
 def test_missing_required_settings_do_not_stop_a_recipe_file() -> None:
-    found = mistakes(Recipe(stages=[Merge("m"), Ensemble("e"), Train("t")], data=Data(name="x")))  # type: ignore[call-arg]
-    causes = [m.cause for m in found]
+    stages: list[Any] = [Merge("m"), Ensemble("e"), Train("t")]  # type: ignore[call-arg]
+    causes = [m.cause for m in mistakes(Recipe(stages=stages, data=Data(name="x")))]  # type: ignore[call-arg]
     assert "stages.m.method: missing" in causes and "stages.m.models: missing" in causes
     assert "stages.e.models: missing" in causes and "data.path: missing" in causes
     assert "stages.t: no model" in causes
@@ -106,7 +108,8 @@ def test_missing_required_settings_do_not_stop_a_recipe_file() -> None:
 def test_a_path_object_and_numpy_numbers_are_plain() -> None:
     import numpy as np
 
-    raw = grammar.normalise(Recipe(data=Data(Path("some") / "folder", k_shot=np.int64(3)), stages=[Train("t")]))  # type: ignore[arg-type]
+    data = Data(Path("some") / "folder", k_shot=np.int64(3))  # type: ignore[arg-type]
+    raw = grammar.normalise(Recipe(data=data, stages=[Train("t")]))
     assert raw["data"] == {"path": "some/folder", "k_shot": 3} and type(raw["data"]["k_shot"]) is int
 
 
@@ -311,7 +314,23 @@ def test_the_resolved_recipe_comes_back_the_same(tmp_path: Path) -> None:
 def test_text_that_looks_like_something_else_stays_text() -> None:
     from kt_hf import recipe_yaml
 
-    for text in ("1e-4", "no", "on", "007", "1:30", "2024-01-01", "null", "~", "3", "0.5", "@a", "", "a: b", "é 日本", "0x1f"):
+    for text in (
+        "1e-4",
+        "no",
+        "on",
+        "007",
+        "1:30",
+        "2024-01-01",
+        "null",
+        "~",
+        "3",
+        "0.5",
+        "@a",
+        "",
+        "a: b",
+        "é 日本",
+        "0x1f",
+    ):
         assert recipe_yaml.load(grammar.to_yaml({"x": text, "l": [text]})) == {"x": text, "l": [text]}
     for number in (1e-5, 3, -2, 1e16, 0.1, True, None):
         assert recipe_yaml.load(grammar.to_yaml({"x": number})) == {"x": number}
@@ -342,7 +361,9 @@ def test_files_that_are_no_recipes(tmp_path: Path, content: bytes, code: int, pa
 
 
 def test_a_file_that_unfolds_without_end_is_refused(tmp_path: Path) -> None:
-    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"] + [
+        f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)
+    ]
     (tmp_path / "r.yaml").write_text("\n".join(lines))
     with pytest.raises(RecipeError, match="unfolds to more"):
         grammar.from_yaml(str(tmp_path / "r.yaml"))
@@ -368,7 +389,13 @@ def test_all_mistakes_are_reported_together() -> None:
     recipe = Recipe(
         model="DIR",
         data=Data("digits", k_shots=3),  # unknown key
-        training={"learning_rate": -1, "num_train_epochs": math.nan, "max_steps": "many", "warmup_steps": 3, "warmup_ratio": 0.5},
+        training={
+            "learning_rate": -1,
+            "num_train_epochs": math.nan,
+            "max_steps": "many",
+            "warmup_steps": 3,
+            "warmup_ratio": 0.5,
+        },
         stages=[
             Train("a", strategies=["lorra", {"distill": {"temperature": -1.0, "alfa": 0.5}}], training={"seed": -3}),
             Train("a", model="@b", compare=["majorty"]),
@@ -450,7 +477,11 @@ def test_single_mistakes(arguments: list[str], part: str) -> None:
 
 
 def test_references() -> None:
-    base = Recipe(data="digits", model=Model(config="vit"), stages=[Train("a"), Ensemble("e", models=["@a"]), Evaluate("v", model="@e")])
+    base = Recipe(
+        data="digits",
+        model=Model(config="vit"),
+        stages=[Train("a"), Ensemble("e", models=["@a"]), Evaluate("v", model="@e")],
+    )
     assert mistakes(base) == []
     for text, part in (
         ("@b", "is no stage"),
@@ -479,7 +510,25 @@ def test_the_lists_of_names_are_those_of_the_libraries() -> None:
     assert {str(name) for name in LOGGER_TYPE_TO_CLASS} <= set(typing.get_args(Tracker))
 
 
-WRONG: list[Any] = [None, True, -1, 0, 10**30, math.nan, math.inf, "", "x", "..", [], {}, [1], {"a": 1}, {1: 2}, [[]], {"a": {"b": []}}]
+WRONG: list[Any] = [
+    None,
+    True,
+    -1,
+    0,
+    10**30,
+    math.nan,
+    math.inf,
+    "",
+    "x",
+    "..",
+    [],
+    {},
+    [1],
+    {"a": 1},
+    {1: 2},
+    [[]],
+    {"a": {"b": []}},
+]
 
 
 def test_no_recipe_crashes_the_check() -> None:

@@ -130,9 +130,11 @@ def test_every_optimizer_resumes(optim, teachers, tmp_path):
 
 
 def test_best_model_and_patience_are_resumed(teachers, tmp_path):
-    settings = {"load_best_model_at_end": True, "early_stopping_patience": 3, "eval_steps": 1, "max_steps": 14, "learning_rate": 3e-3, "save_total_limit": 1}
-    stopped(tmp_path / "b", "image", "finetune+ema", teachers["image"], 6, **settings)
-    compare(*(trainer(tmp_path / x, "image", "finetune+ema", teachers["image"], **settings) for x in "ab"))
+    settings = {"load_best_model_at_end": True, "early_stopping_patience": 5, "eval_steps": 1, "max_steps": 14, "save_total_limit": 1}
+    stopped(tmp_path / "b", "image", "finetune+ema", teachers["image"], 4, **settings)
+    whole = trainer(tmp_path / "a", "image", "finetune+ema", teachers["image"], **settings)
+    compare(whole, trainer(tmp_path / "b", "image", "finetune+ema", teachers["image"], **settings))
+    assert whole.best["step"] < whole.stop_at, "the best must not be the last"
 
 
 def test_batch_statistics_are_resumed(tmp_path):
@@ -184,9 +186,12 @@ def test_a_damaged_best_checkpoint_is_not_exported(teachers, tmp_path):
     settings = {"load_best_model_at_end": True, "eval_steps": 1}
 
     class Damage(Strategy):
+        done: set[Path] = set()
+
         def eval_model(self, model):
-            for path in checkpoint.steps(tmp_path / "checkpoints"):
+            for path in set(checkpoint.steps(tmp_path / "checkpoints")) - self.done:
                 flip(path / "state.safetensors")
+                self.done.add(path)
             return model
 
     with pytest.raises(IntegrityError, match="sha256"):
