@@ -190,7 +190,7 @@ def _plugin_name(kind: str, item: Any, where: str, collect: Collector) -> bool:
 def _noun(cls: type[Noun], given: Any, where: str, collect: Collector) -> Any:
     """The noun; a setting with a mistake has its default."""
     values = settings.validate(cls, given, where, collect, positional="path")
-    noun = cls(**values)
+    noun: Any = cls(**values)
     if not isinstance(given, dict):
         given = {"path": given}
     noun.given = {key: values[key] for key in given if key in values}

@@ -35,7 +35,9 @@ class Classification:
             return {}
         return {"labels": [-100 if y is None or y < 0 else loaded.label_ids[y] for y in rows["label"]]}
 
-    def loss(self, outputs: Any, batch: Batch, label_smoothing: float = 0.0) -> tuple[torch.Tensor, torch.Tensor | None, str]:
+    def loss(
+        self, outputs: Any, batch: Batch, label_smoothing: float = 0.0
+    ) -> tuple[torch.Tensor, torch.Tensor | None, str]:
         """Cross-entropy per example, in float32. `labels` may be classes_B or, after mixing, probabilities_BC."""
         labels = batch["labels"]
         values = F.cross_entropy(outputs.logits.float(), labels, reduction="none", label_smoothing=label_smoothing)
@@ -51,7 +53,7 @@ class Classification:
         return logits_BC, torch.ones(len(logits_BC), device=logits_BC.device)
 
     def predict(self, model: nn.Module, batch: Batch, context: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        scores_BC, weight_B = self.scores(self.forward(model, batch), batch)  # type: ignore[attr-defined]
+        scores_BC, _ = self.scores(self.forward(model, batch), batch)  # type: ignore[attr-defined]
         return {"scores": scores_BC, **({"label": batch["labels"]} if "labels" in batch else {})}
 
     def from_scores(self, scores_NC: torch.Tensor, weight_N: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
@@ -78,9 +80,14 @@ class Classification:
         truth = [str(names[y]) if ok else None for y, ok in zip(predictions.get("label", known), known, strict=True)]
         return {"label": truth, "prediction": [str(n) for n in names[scores.argmax(1)]], "scores": list(scores)}
 
-    def majority(self, train: dict[str, Any], predictions: dict[str, np.ndarray], loaded: Loaded, info: DataInfo) -> Scores | None:
+    def majority(
+        self, train: dict[str, Any], predictions: dict[str, np.ndarray], loaded: Loaded, info: DataInfo
+    ) -> Scores | None:
         """Always the most frequent training label (the first of equals)."""
-        counts = np.bincount([loaded.label_ids[y] for y in train["label"] if y is not None and y >= 0], minlength=len(loaded.labels or []))  # type: ignore[index]
+        counts = np.bincount(
+            [loaded.label_ids[y] for y in train["label"] if y is not None and y >= 0],
+            minlength=len(loaded.labels or []),
+        )  # type: ignore[index]
         constant = np.zeros_like(predictions["scores"])
         constant[:, int(counts.argmax())] = 1
         return self.measure({**predictions, "scores": constant}, loaded, info)

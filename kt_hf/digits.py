@@ -8,20 +8,42 @@ with a caption each, validated and tested on the target. Everything is drawn wit
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING, Any
 
-import datasets
-import numpy as np
-from PIL import Image
+if TYPE_CHECKING:  # recipes read the configurations below, and start without these libraries
+    import datasets
+    import numpy as np
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CAPTIONS = ("a handwritten {}", "the digit {}", "a small drawing of the number {}", "somebody wrote a {}")
 NAMES = ("source", "target", "captions")
 _SHOTS, _VALIDATION = 5, 150
 
+VIT: dict[str, Any] = {
+    "hidden_size": 80,
+    "intermediate_size": 160,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 4,
+    "image_size": 8,
+    "patch_size": 4,
+    "initializer_range": 0.1,
+}
+"""Configuration of a small vision transformer for 8x8 pixels; the wide initialisation lets it learn in a hundred steps."""
+BERT: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 32,
+}
+"""Configuration of a small text encoder for captions."""
+
 
 @functools.cache
 def load(name: str | None) -> datasets.DatasetDict:
     """Columns `image` (RGB-able 8x8 PNG) and `label` (class names zero to nine); `captions` also has `text`."""
+    import numpy as np
+
     pixels_NHW, labels_N = _arrays()
     order = np.random.default_rng(20240601).permutation(len(labels_N))
     source, target = order[:1000], order[1000:]
@@ -40,6 +62,7 @@ def load(name: str | None) -> datasets.DatasetDict:
 
 @functools.cache
 def _arrays() -> tuple[np.ndarray, np.ndarray]:
+    import numpy as np
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -48,6 +71,9 @@ def _arrays() -> tuple[np.ndarray, np.ndarray]:
 
 def _shift(pixels_NHW: np.ndarray) -> np.ndarray:
     """Rotate by 25 degrees (standard deviation 5) and add Gaussian noise (standard deviation 30 of 255)."""
+    import numpy as np
+    from PIL import Image
+
     random = np.random.default_rng(7)
     angles = random.normal(25, 5, len(pixels_NHW))
     turned = [
@@ -61,6 +87,9 @@ def _shift(pixels_NHW: np.ndarray) -> np.ndarray:
 def _splits(
     pixels: np.ndarray, labels: np.ndarray, parts: tuple[np.ndarray, ...], captions: bool
 ) -> datasets.DatasetDict:
+    import datasets
+    from PIL import Image
+
     features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=list(WORDS))}
     if captions:
         features["text"] = datasets.Value("string")

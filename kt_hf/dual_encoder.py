@@ -214,7 +214,7 @@ class DualEncoderModel(PreTrainedModel):
     config_class = DualEncoderConfig
     config: DualEncoderConfig
     base_model_prefix = "dual_encoder"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -598,8 +598,16 @@ def names_open_clip(ref: Model) -> bool:
 
 def load_open_clip(ref: Model) -> Loaded:
     """An open_clip model with its own preprocessing and tokenizer. Weights come from safetensors alone."""
+    if ref.dtype not in ("float32", "auto"):
+        raise RecipeError(
+            f"model.dtype: got {ref.dtype} for a model of open_clip", "it is trained in float32; training.bf16=true"
+        )
     if ref.path is None:
         return _fresh_open_clip(ref)
+    if ref.config_overrides:
+        raise RecipeError(
+            "model.config_overrides: a checkpoint of open_clip is taken as it is", "they are for fresh models"
+        )
     folder = _download_open_clip(ref) if str(ref.path).startswith("hf-hub:") else Path(ref.path)
     described = _read_open_clip(folder / _OPEN_CLIP_CONFIG)
     weights = next((folder / name for name in _OPEN_CLIP_NAMES if (folder / name).is_file()), None)

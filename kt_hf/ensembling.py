@@ -1,7 +1,7 @@
 """Output ensembles: a folder of members that is evaluated, distilled from, and loaded as one.
 
-    ensemble.json     method, its fitted settings, the task, the members' folders
-    members/0/ ...    ordinary model directories
+ensemble.json     method, its fitted settings, the task, the members' folders
+members/0/ ...    ordinary model directories
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ def describe(folder: Path) -> dict[str, Any]:
         raise IntegrityError(f"{folder}: ensemble.json has format {facts.get('format')!r}", f"expected {FORMAT}")
     for name in facts["members"]:
         if Path(name).is_absolute() or ".." in Path(name).parts or not (folder / name).is_dir():
-            raise IntegrityError(f"{folder}: ensemble.json names the member '{name}'", "members are folders inside of the ensemble's")
+            raise IntegrityError(
+                f"{folder}: ensemble.json names the member '{name}'", "members are folders inside of the ensemble's"
+            )
     return facts
 
 
@@ -95,5 +97,8 @@ def _order(first: Loaded, other: Loaded) -> list[int] | None:
     if first.labels is None or first.labels == other.labels:
         return None
     if other.labels is None or set(first.labels) != set(other.labels):
-        raise RecipeError(f"ensemble members disagree on labels: {first.labels} and {other.labels}", "combine models of the same classes")
+        raise RecipeError(
+            f"ensemble members disagree on labels: {first.labels} and {other.labels}",
+            "combine models of the same classes",
+        )
     return [other.labels.index(label) for label in first.labels]

@@ -104,5 +104,5 @@ def nearest(word: str, valid: Iterable[str]) -> str:
     hint = f"did you mean '{close[0]}'? " if close else ""
     shown = words
     if len(words) > 60:
-        shown = difflib.get_close_matches(str(word), words, n=12, cutoff=0.0) + [f"... ({len(words)} in all)"]
+        shown = [*difflib.get_close_matches(str(word), words, n=12, cutoff=0.0), f"... ({len(words)} in all)"]
     return f"{hint}valid: {', '.join(shown) if shown else '(none)'}"

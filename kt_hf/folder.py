@@ -118,8 +118,7 @@ def _flat(value: Any, prefix: str = "") -> dict[str, str]:
     if isinstance(value, dict) and value:
         return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{prefix}.{key}".strip(".")).items()}
     if not isinstance(value, list) or not value:
-        whole = isinstance(value, float) and value.is_integer()
-        return {prefix: repr(int(value) if whole else value)}
+        return {prefix: repr(int(value) if isinstance(value, float) and value.is_integer() else value)}
     out: dict[str, str] = {}
     names = [name_of(item) if isinstance(item, dict) else "" for item in value]
     if all(names) and len(set(names)) == len(names):

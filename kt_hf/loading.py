@@ -33,14 +33,34 @@ def loading(what: str):
         text = " ".join(str(error).split())
         name = type(error).__name__
         if "trust_remote_code" in text or "remote code" in text:
-            raise IntegrityError(f"{what} asks to run code of its own ({text[:200]})", "kt_hf does not run remote code; use a model of transformers") from error
-        if name in ("LocalEntryNotFoundError", "OfflineModeIsEnabled") or "offline" in text.lower() or "connect" in text.lower():
-            raise HubError(f"{what} is no local folder, and the Hub was not reached ({name})", "name an existing folder, or load without HF_HUB_OFFLINE") from error
-        if name in ("RepositoryNotFoundError", "GatedRepoError", "RevisionNotFoundError", "HfHubHTTPError") or "is not a valid model identifier" in text:
-            raise HubError(f"{what} was not found on the Hub: {text[:200]}", "check the name, the revision and the token") from error
+            raise IntegrityError(
+                f"{what} asks to run code of its own ({text[:200]})",
+                "kt_hf does not run remote code; use a model of transformers",
+            ) from error
+        if (
+            name in ("LocalEntryNotFoundError", "OfflineModeIsEnabled")
+            or "offline" in text.lower()
+            or "connect" in text.lower()
+        ):
+            raise HubError(
+                f"{what} is no local folder, and the Hub was not reached ({name})",
+                "name an existing folder, or load without HF_HUB_OFFLINE",
+            ) from error
+        if (
+            name in ("RepositoryNotFoundError", "GatedRepoError", "RevisionNotFoundError", "HfHubHTTPError")
+            or "is not a valid model identifier" in text
+        ):
+            raise HubError(
+                f"{what} was not found on the Hub: {text[:200]}", "check the name, the revision and the token"
+            ) from error
         if name == "SafetensorError" or "safetensors" in text.lower():
-            raise IntegrityError(f"{what}: {text[:300]}", "the weights must be intact safetensors files; convert or fetch them again") from error
-        raise RecipeError(f"{what} cannot be loaded: {name}: {text[:300]}", "check model.path, model.config and model.config_overrides") from error
+            raise IntegrityError(
+                f"{what}: {text[:300]}", "the weights must be intact safetensors files; convert or fetch them again"
+            ) from error
+        raise RecipeError(
+            f"{what} cannot be loaded: {name}: {text[:300]}",
+            "check model.path, model.config and model.config_overrides",
+        ) from error
 
 
 def config_of(ref: Model, **changes: Any) -> Any:
@@ -56,10 +76,15 @@ def config_of(ref: Model, **changes: Any) -> Any:
             unknown = set(changes) - set(CONFIG_MAPPING[source]().to_dict()) - {"attn_implementation", "num_labels"}
             if unknown:
                 word = sorted(unknown)[0]
-                raise RecipeError(f"model.config_overrides.{word}: a {source} configuration has no such field", nearest(word, CONFIG_MAPPING[source]().to_dict()))
+                raise RecipeError(
+                    f"model.config_overrides.{word}: a {source} configuration has no such field",
+                    nearest(word, CONFIG_MAPPING[source]().to_dict()),
+                )
             return AutoConfig.for_model(source, **changes)
         if ref.path is None and not Path(source).exists() and "/" not in source:
-            raise RecipeError(f"model.config: '{source}' is neither a model type nor a folder", nearest(source, CONFIG_MAPPING))
+            raise RecipeError(
+                f"model.config: '{source}' is neither a model type nor a folder", nearest(source, CONFIG_MAPPING)
+            )
         return AutoConfig.from_pretrained(source, revision=ref.revision, trust_remote_code=False, **changes)
 
 
@@ -109,7 +134,7 @@ def load_model(auto: Any, ref: Model, labels: list[str] | None = None, **changes
     absent = [key for key in missing if not key.startswith(tuple(f"{m}." for m in fresh)) and "pooler" not in key]
     if absent:
         raise IntegrityError(
-            f"{what} lacks {len(absent)} weights of its backbone ({', '.join(absent[:3])}{'...' if len(absent) > 3 else ''})",
+            f"{what} lacks {len(absent)} weights of its backbone ({_some(absent)})",
             "the checkpoint is for another architecture, or incomplete",
         )
     if missing:
@@ -131,14 +156,18 @@ def load_adapter(auto: Any, ref: Model, labels: list[str] | None) -> Loaded:
     base_path = json.loads((folder / ADAPTER).read_text()).get("base_model_name_or_path")
     facts = json.loads((folder / FACTS).read_text()) if (folder / FACTS).is_file() else {}
     own = facts.get("labels")
-    base = load_model(auto, Model(path=base_path, dtype=ref.dtype, replace_head=True), own if labels is not None else None)
+    base = load_model(
+        auto, Model(path=base_path, dtype=ref.dtype, replace_head=True), own if labels is not None else None
+    )
     with loading(f"adapter '{ref.path}'"):
         model = PeftModel.from_pretrained(base.model, str(folder)).merge_and_unload()
     names, ids = labels, _identity(labels)
     if labels is not None and own is not None:
         names, ids, replace = match_labels(labels, own, f"adapter '{ref.path}'", ref.replace_head)
         if replace:
-            raise RecipeError(f"the head of the adapter '{ref.path}' cannot be replaced", "export it as `save: merged` first")
+            raise RecipeError(
+                f"the head of the adapter '{ref.path}' cannot be replaced", "export it as `save: merged` first"
+            )
     return Loaded(model, None, names, ids, {"path": str(ref.path), "base_model": base_path})
 
 
@@ -147,7 +176,10 @@ def has_head(auto: Any, config: Any) -> bool:
     try:
         expected = auto._model_mapping[type(config)]
     except KeyError:
-        raise RecipeError(f"a model of type '{config.model_type}' has no {auto.__name__}", "choose a model or a task that fit each other") from None
+        raise RecipeError(
+            f"a model of type '{config.model_type}' has no {auto.__name__}",
+            "choose a model or a task that fit each other",
+        ) from None
     classes = expected if isinstance(expected, tuple) else (expected,)
     return bool(set(config.architectures or []) & {cls.__name__ for cls in classes})
 
@@ -175,7 +207,9 @@ def match_labels(data: list[str], model: list[str], what: str, replace: bool) ->
         return model, [position[_key(name)] for name in data], False
     generic = all(_key(name) == f"label {i}" for i, name in enumerate(model))
     if generic and len(model) == len(data) and not replace:
-        logger.warning("%s does not name its labels; they are taken in the order of the data: %s", what, ", ".join(data))
+        logger.warning(
+            "%s does not name its labels; they are taken in the order of the data: %s", what, ", ".join(data)
+        )
         return data, list(range(len(data))), False
     if replace:
         return data, list(range(len(data))), True
@@ -210,7 +244,8 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def backbone_layers(model: nn.Module, root: nn.Module | None = None) -> list[list[str]]:
-    """Parameter names of the backbone by layer, from the input: what precedes the blocks, each block, what follows them.
+    """Parameter names of the backbone by layer, from the input: what precedes the blocks, each block, what follows
+    them.
 
     The blocks are the module list with the most parameters. `root` is the backbone when it is not the base model.
     """
@@ -219,7 +254,9 @@ def backbone_layers(model: nn.Module, root: nn.Module | None = None) -> list[lis
         prefix = getattr(inner, "base_model_prefix", "")
         root = getattr(inner, prefix, inner) if prefix else inner
     if not isinstance(root, nn.Module):
-        raise RecipeError(f"{type(inner).__name__} has no backbone that can be told from its head", "freeze by pattern instead")
+        raise RecipeError(
+            f"{type(inner).__name__} has no backbone that can be told from its head", "freeze by pattern instead"
+        )
     ids = {id(p): name for name, p in model.named_parameters()}
     lists = [m for m in root.modules() if isinstance(m, nn.ModuleList) and len(m) > 0]
     blocks = max(lists, key=_size, default=None)
@@ -241,7 +278,8 @@ def _size(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-# --- processors --------------------------------------------------------------------------------------------------------
+# --- processors
+# --------------------------------------------------------------------------------------------------------
 
 
 def load_tokenizer(ref: Model, texts: Iterable[str] | None = None, causal: bool = False) -> Any:
@@ -251,20 +289,29 @@ def load_tokenizer(ref: Model, texts: Iterable[str] | None = None, causal: bool 
     source = ref.processor or ref.path or ref.config
     if source is not None and (ref.processor or ref.path or Path(str(source)).exists() or "/" in str(source)):
         with loading(f"tokenizer '{source}'"):
-            tokenizer = AutoTokenizer.from_pretrained(source, revision=ref.revision, trust_remote_code=False, **(ref.processor_overrides or {}))
+            tokenizer = AutoTokenizer.from_pretrained(
+                source, revision=ref.revision, trust_remote_code=False, **(ref.processor_overrides or {})
+            )
     elif texts is not None:
         tokenizer = train_tokenizer(texts, causal, **(ref.processor_overrides or {}))
     else:
         raise RecipeError("a fresh text model needs a tokenizer", "name one: model.processor=DIR_OR_HUB_ID")
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
-            raise RecipeError(f"the tokenizer of '{source}' has neither a padding nor an end token", "give model.processor with a pad_token")
+            raise RecipeError(
+                f"the tokenizer of '{source}' has neither a padding nor an end token",
+                "give model.processor with a pad_token",
+            )
         tokenizer.pad_token = tokenizer.eos_token
-        logger.warning("the tokenizer of '%s' has no padding token; its end token '%s' serves", source, tokenizer.eos_token)
+        logger.warning(
+            "the tokenizer of '%s' has no padding token; its end token '%s' serves", source, tokenizer.eos_token
+        )
     return tokenizer
 
 
-def train_tokenizer(texts: Iterable[str], causal: bool = False, vocab_size: int = 2000, model_max_length: int = 512) -> Any:
+def train_tokenizer(
+    texts: Iterable[str], causal: bool = False, vocab_size: int = 2000, model_max_length: int = 512
+) -> Any:
     """A tokenizer of our own for a fresh model: WordPiece with [CLS] and [SEP], or byte-level BPE for causal models."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -276,16 +323,26 @@ def train_tokenizer(texts: Iterable[str], causal: bool = False, vocab_size: int 
         tokenizer.decoder = decoders.ByteLevel()
         special = {"eos_token": "<|end|>", "pad_token": "<|pad|>"}
         alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=list(special.values()), initial_alphabet=alphabet, show_progress=False)
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=list(special.values()), initial_alphabet=alphabet, show_progress=False
+        )
         tokenizer.train_from_iterator(texts, trainer)
     else:
-        special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+        special = {
+            "pad_token": "[PAD]",
+            "unk_token": "[UNK]",
+            "cls_token": "[CLS]",
+            "sep_token": "[SEP]",
+            "mask_token": "[MASK]",
+        }
         # The WordPiece trainer numbers its pieces differently in every process, and ranks and resumed runs must agree;
         # the one for BPE does not. So: the pieces of BPE, each for the beginning of a word and for the rest of one.
         tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
         tokenizer.normalizer = normalizers.BertNormalizer()
         tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        trainer = trainers.BpeTrainer(vocab_size=max(vocab_size // 2, 1), special_tokens=list(special.values()), show_progress=False)
+        trainer = trainers.BpeTrainer(
+            vocab_size=max(vocab_size // 2, 1), special_tokens=list(special.values()), show_progress=False
+        )
         tokenizer.train_from_iterator(texts, trainer)
         found = tokenizer.get_vocab()
         whole = sorted(found, key=found.__getitem__)
@@ -300,14 +357,22 @@ def train_tokenizer(texts: Iterable[str], causal: bool = False, vocab_size: int 
 
 
 def load_image_processor(ref: Model, config: Any) -> Any:
-    """The model's image processor, or, for a fresh model, one that resizes to the model's size and normalises to [-1, 1]."""
+    """The model's image processor, or, for a fresh model, one that resizes to the model's size and normalises to [-1,
+    1]."""
     from transformers import AutoImageProcessor, ViTImageProcessor
 
     source = ref.processor or ref.path or ref.config
-    has_own = source is not None and (ref.processor or not Path(str(source)).is_dir() or (Path(str(source)) / "preprocessor_config.json").exists() or (Path(str(source)) / "processor_config.json").exists())
+    has_own = source is not None and (
+        ref.processor
+        or not Path(str(source)).is_dir()
+        or (Path(str(source)) / "preprocessor_config.json").exists()
+        or (Path(str(source)) / "processor_config.json").exists()
+    )
     if has_own and (ref.processor or ref.path or Path(str(source)).exists() or "/" in str(source)):
         with loading(f"image processor '{source}'"):
-            return AutoImageProcessor.from_pretrained(source, revision=ref.revision, trust_remote_code=False, **(ref.processor_overrides or {}))
+            return AutoImageProcessor.from_pretrained(
+                source, revision=ref.revision, trust_remote_code=False, **(ref.processor_overrides or {})
+            )
     size = getattr(config, "image_size", None) or 224
     height, width = (size, size) if isinstance(size, int) else tuple(size)
     return ViTImageProcessor(**{"size": {"height": height, "width": width}, **(ref.processor_overrides or {})})
@@ -323,7 +388,17 @@ def tokenizer_signature(tokenizer: Any) -> dict[str, Any]:
 
 def image_signature(processor: Any) -> dict[str, Any]:
     """What an image processor does to pixel values."""
-    fields = ("size", "crop_size", "do_resize", "do_center_crop", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+    fields = (
+        "size",
+        "crop_size",
+        "do_resize",
+        "do_center_crop",
+        "do_rescale",
+        "rescale_factor",
+        "do_normalize",
+        "image_mean",
+        "image_std",
+    )
     found = processor.to_dict()
     return {"normalisation": {k: found[k] for k in fields if found.get(k) is not None}}
 

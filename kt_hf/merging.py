@@ -46,7 +46,9 @@ def weight_files(folder: Path) -> dict[str, Path]:
                 with safe_open(str(path), framework="pt") as opened:
                     return dict.fromkeys(opened.keys(), path)
             except Exception as error:
-                raise IntegrityError(f"{path} is no intact safetensors file: {error}", "make or fetch this model again") from error
+                raise IntegrityError(
+                    f"{path} is no intact safetensors file: {error}", "make or fetch this model again"
+                ) from error
     raise IntegrityError(f"{folder} has no safetensors weights", f"expected {_WEIGHTS[0]} or {_INDEX}")
 
 
@@ -60,7 +62,10 @@ class Parents:
         for label, files in zip(names, self.files, strict=True):
             if set(files) != first:
                 odd = sorted(set(files) ^ first)
-                raise RecipeError(f"'{names[0]}' and '{label}' differ in {len(odd)} tensors: {', '.join(odd[:5])}", "merge models of one architecture")
+                raise RecipeError(
+                    f"'{names[0]}' and '{label}' differ in {len(odd)} tensors: {', '.join(odd[:5])}",
+                    "merge models of one architecture",
+                )
         self._stack = ExitStack()
         self._open: dict[Path, Any] = {}
 
@@ -71,7 +76,10 @@ class Parents:
             shapes = [self._open[files[name]].get_slice(name).get_shape() for files in self.files]
             for label, shape in zip(self.labels, shapes, strict=True):
                 if shape != shapes[0]:
-                    raise RecipeError(f"{name} is {shapes[0]} in '{self.labels[0]}' and {shape} in '{label}'", "merge models of one shape, with the same labels and vocabulary")
+                    raise RecipeError(
+                        f"{name} is {shapes[0]} in '{self.labels[0]}' and {shape} in '{label}'",
+                        "merge models of one shape, with the same labels and vocabulary",
+                    )
         return self
 
     def __exit__(self, *exc: Any) -> None:
@@ -87,7 +95,9 @@ class Parents:
         for name in self.names():
             for label, tensor in zip(self.labels, self.tensors(name), strict=True):
                 if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                    raise IntegrityError(f"parent '{label}' has non-finite values in {name}", "leave it out of the merge")
+                    raise IntegrityError(
+                        f"parent '{label}' has non-finite values in {name}", "leave it out of the merge"
+                    )
 
 
 class MergeRun:
@@ -96,7 +106,9 @@ class MergeRun:
     score: weights_M -> validation metric of the weighted mean of the parents. higher_is_better: of that metric.
     """
 
-    def __init__(self, num_parents: int, names: Sequence[str], higher_is_better: bool, evaluate: Callable[[list[float]], float]):
+    def __init__(
+        self, num_parents: int, names: Sequence[str], higher_is_better: bool, evaluate: Callable[[list[float]], float]
+    ):
         self.num_parents, self.names, self.higher_is_better = num_parents, list(names), higher_is_better
         self._evaluate = evaluate
         self.scores: list[dict[str, Any]] = []

@@ -24,10 +24,16 @@ class _SklearnMetric(evaluate.Metric):
 
     def _info(self) -> evaluate.MetricInfo:
         features = datasets.Features({"predictions": datasets.Value("int32"), "references": datasets.Value("int32")})
-        return evaluate.MetricInfo(description=type(self).__doc__ or "", citation="", inputs_description="class numbers", features=features)
+        return evaluate.MetricInfo(
+            description=type(self).__doc__ or "", citation="", inputs_description="class numbers", features=features
+        )
 
     def _compute(self, predictions: Any, references: Any, **kwargs: Any) -> dict[str, float]:
-        return {self.name: float(self.score(np.asarray(references), np.asarray(predictions), **kwargs)) if len(references) else 0.0}
+        return {
+            self.name: float(self.score(np.asarray(references), np.asarray(predictions), **kwargs))
+            if len(references)
+            else 0.0
+        }
 
     def score(self, references: np.ndarray, predictions: np.ndarray, **kwargs: Any) -> float:
         raise NotImplementedError
@@ -73,7 +79,10 @@ def load(name: str) -> evaluate.EvaluationModule:
     try:
         return evaluate.load(name)
     except Exception as error:
-        raise HubError(f"metric '{name}' is none of ours ({', '.join(OWN)}) and was not loaded from the Hub: {type(error).__name__}", "check its name and the network") from error
+        raise HubError(
+            f"metric '{name}' is none of ours ({', '.join(OWN)}), nor was it loaded from the Hub ({type(error).__name__})",
+            "check its name and the network",
+        ) from error
 
 
 def compute(names: Sequence[str], predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:

@@ -70,6 +70,9 @@ class Noun:
     def __getattr__(self, name: str) -> Any:  # settings are attributes; this tells type checkers so
         raise AttributeError(f"{type(self).__name__} has no setting '{name}'")
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Noun:
         return type(self)(**copy.deepcopy(self.given, memo))
 

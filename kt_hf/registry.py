@@ -1,7 +1,8 @@
 """One registry for the four kinds of plugins.
 
-Plugins come in through Python entry points (groups `kt_hf.task`, `kt_hf.strategy`, `kt_hf.merge`, `kt_hf.ensemble`) and are
-imported only when named. In a notebook or a recipe file, `@register(kind, name)` does the same. Listing reads metadata alone.
+Plugins come in through Python entry points (groups `kt_hf.task`, `kt_hf.strategy`, `kt_hf.merge`, `kt_hf.ensemble`) and
+are imported only when named. In a notebook or a recipe file, `@register(kind, name)` does the same. Listing reads
+metadata alone.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ class Entry:
     def load(self) -> type:
         """Import the plugin. Raises `RecipeError` that names the plugin, its package and what went wrong."""
         if self.problem:
-            raise RecipeError(f"{self.kind} '{self.name}' is unavailable: {self.problem}", "uninstall one of the packages")
+            raise RecipeError(
+                f"{self.kind} '{self.name}' is unavailable: {self.problem}", "uninstall one of the packages"
+            )
         if self.plugin is not None:
             return self.plugin
         module, _, attribute = self.target.partition(":")
@@ -49,7 +52,7 @@ class Entry:
         version = getattr(plugin, "api_version", API_VERSION)
         if version != API_VERSION:
             raise RecipeError(
-                f"{self.kind} '{self.name}' of package {self.distribution} is written for plugin API {version}, this is {API_VERSION}",
+                f"{self.kind} '{self.name}' of package {self.distribution} is for plugin API {version}, not {API_VERSION}",
                 f"install a release of {self.distribution} for API {API_VERSION}",
             )
         return plugin
@@ -98,7 +101,9 @@ def _settle(candidates: list[Entry]) -> Entry:
     if len(candidates) == 1 or own:
         return (own or candidates)[0]
     packages = sorted(entry.distribution for entry in candidates)
-    return replace(candidates[0], distribution=" and ".join(packages), problem=f"declared by {' and by '.join(packages)}")
+    return replace(
+        candidates[0], distribution=" and ".join(packages), problem=f"declared by {' and by '.join(packages)}"
+    )
 
 
 def shadowed() -> list[Entry]:

@@ -66,7 +66,13 @@ def stage_evidence(context: Context, stage: Stage, results: list[dict[str, Any]]
         name=stage.name,
         kind=stage.verb,
         task=_task_name(task),
-        data={"name": info.name, "path": info.path, "split": first["split"], "fingerprint": info.fingerprint, "counts": info.counts},
+        data={
+            "name": info.name,
+            "path": info.path,
+            "split": first["split"],
+            "fingerprint": info.fingerprint,
+            "counts": info.counts,
+        },
         metric=task.metric,
         higher_is_better=task.greater_is_better,
         seeds=seeds,
@@ -74,14 +80,25 @@ def stage_evidence(context: Context, stage: Stage, results: list[dict[str, Any]]
         labels=labels,
         lower_metrics=task.lower_metrics,
         compare=stage.compare or [],
-        baselines={name: _baseline(context, stage, results, labels, name) for name in stage.compare or [] if not name.startswith("@")},
+        baselines={
+            name: _baseline(context, stage, results, labels, name)
+            for name in stage.compare or []
+            if not name.startswith("@")
+        },
         validation_uses=_validation_uses(stage),
         settings=_settings(context, stage),
     )
 
 
 def _task_name(task: Any) -> str:
-    return next((name for (kind, name), entry in registry.entries().items() if kind == "task" and entry.target.endswith(f":{type(task).__name__}")), type(task).__name__)
+    return next(
+        (
+            name
+            for (kind, name), entry in registry.entries().items()
+            if kind == "task" and entry.target.endswith(f":{type(task).__name__}")
+        ),
+        type(task).__name__,
+    )
 
 
 def _description(stage: Stage) -> list[str]:
@@ -106,17 +123,33 @@ def _seed_evidence(context: Context, stage: Stage, facts: dict[str, Any], labels
     found = load_file(str(folder / "arrays.safetensors"))
     loaded = Loaded(None, None, facts["labels"], facts["label_ids"])  # type: ignore[arg-type]  # measuring needs no weights
     scores = task.measure(found, loaded, info)
-    extra = {"curve": facts["curve"], "evaluations": facts["evaluations"], "cost": facts["cost"], "trials": facts["trials"]}
-    return _evidence(scores, found, facts, labels, seed=facts["seed"], lineage=facts["lineage"], summary=facts["summary"], **extra)
+    extra = {
+        "curve": facts["curve"],
+        "evaluations": facts["evaluations"],
+        "cost": facts["cost"],
+        "trials": facts["trials"],
+    }
+    return _evidence(
+        scores, found, facts, labels, seed=facts["seed"], lineage=facts["lineage"], summary=facts["summary"], **extra
+    )
 
 
-def _evidence(scores: Scores, found: dict[str, np.ndarray], facts: dict[str, Any], labels: list[str] | None, seed: int = 0, **extra: Any) -> SeedEvidence:
+def _evidence(
+    scores: Scores,
+    found: dict[str, np.ndarray],
+    facts: dict[str, Any],
+    labels: list[str] | None,
+    seed: int = 0,
+    **extra: Any,
+) -> SeedEvidence:
     references, guesses = None, None
     if labels is not None and "scores" in found and "label" in found and found["scores"].ndim == 2:
         order = _order(facts, len(labels))
         references = np.where(found["label"] >= 0, order[found["label"]], -1)
         guesses = order[found["scores"].argmax(1)]
-    return SeedEvidence(seed, found["index"], scores.metrics, scores.examples, scores.statistics, references, guesses, **extra)
+    return SeedEvidence(
+        seed, found["index"], scores.metrics, scores.examples, scores.statistics, references, guesses, **extra
+    )
 
 
 def _order(facts: dict[str, Any], count: int) -> np.ndarray:
@@ -128,7 +161,9 @@ def _order(facts: dict[str, Any], count: int) -> np.ndarray:
     return order
 
 
-def _baseline(context: Context, stage: Stage, results: list[dict[str, Any]], labels: list[str] | None, name: str) -> SeedEvidence | str:
+def _baseline(
+    context: Context, stage: Stage, results: list[dict[str, Any]], labels: list[str] | None, name: str
+) -> SeedEvidence | str:
     """A built-in baseline, or in words why there is none."""
     task, info, facts = context.task(stage), context.info(stage), results[0]
     folder = folders.stage_folder(context.root, stage.name, 0)
@@ -176,7 +211,8 @@ def _settings(context: Context, stage: Stage) -> dict[str, Any]:
     return found
 
 
-# --- model cards and pushes --------------------------------------------------------------------------------------------
+# --- model cards and pushes
+# --------------------------------------------------------------------------------------------
 
 
 def write_cards(context: Context, stage: Stage, results: list[dict[str, Any]], report: dict[str, Any]) -> None:
@@ -190,7 +226,11 @@ def write_cards(context: Context, stage: Stage, results: list[dict[str, Any]], r
         lineage = facts["lineage"]
         adapter = (folder / "adapter_config.json").is_file()
         relation = "adapter" if adapter else "merge" if isinstance(stage, Merge) else "finetune"
-        metrics = [{"name": name, **{k: m[k] for k in ("value", "low", "high", "seeds")}} for name, m in entry["metrics"].items() if m["value"] is not None]
+        metrics = [
+            {"name": name, **{k: m[k] for k in ("value", "low", "high", "seeds")}}
+            for name, m in entry["metrics"].items()
+            if m["value"] is not None
+        ]
         text = model_card(
             f"{report['name']}-{stage.name}",
             task=entry["task"],
@@ -202,7 +242,11 @@ def write_cards(context: Context, stage: Stage, results: list[dict[str, Any]], r
             datasets=[(info.path or info.name, entry["data"]["split"], info.fingerprint)],
             metrics=metrics,
             settings=entry["settings"],
-            library_name="peft" if adapter else "open_clip" if (folder / "open_clip_config.json").is_file() else "transformers",
+            library_name="peft"
+            if adapter
+            else "open_clip"
+            if (folder / "open_clip_config.json").is_file()
+            else "transformers",
         )
         (folder / "README.md").write_text(text)
 

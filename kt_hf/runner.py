@@ -73,7 +73,14 @@ class Context:
         return Model(**given)
 
 
-def run(recipe: Any, output_dir: str | Path, *, overwrite: bool = False, allow_changed: Sequence[str] = (), until: float = 1.0) -> dict[str, Any]:
+def run(
+    recipe: Any,
+    output_dir: str | Path,
+    *,
+    overwrite: bool = False,
+    allow_changed: Sequence[str] = (),
+    until: float = 1.0,
+) -> dict[str, Any]:
     """Run a recipe (a `Recipe`, or its mapping) in this process and return the report.
 
     Raises `KtError`s. `until` stops every training early, at that fraction of its planned steps.
@@ -82,7 +89,10 @@ def run(recipe: Any, output_dir: str | Path, *, overwrite: bool = False, allow_c
     raw = grammar.normalise(recipe)
     resolved = grammar.resolve(raw, collect)
     grammar.raise_all(resolved, collect)
-    return run_resolved(resolved, raw, Path(output_dir), overwrite=overwrite, allow_changed=allow_changed, until=until) or {}
+    return (
+        run_resolved(resolved, raw, Path(output_dir), overwrite=overwrite, allow_changed=allow_changed, until=until)
+        or {}
+    )
 
 
 def run_resolved(
@@ -120,12 +130,14 @@ def run_resolved(
 
 
 def make_accelerator() -> Accelerator:
-    """Accelerate's view of where we run. Under plain torchrun without an accelerator it must be told that ranks on CPUs are
-    meant, or every rank would think that it is alone."""
+    """Accelerate's view of where we run. Under plain torchrun without an accelerator it must be told that ranks on CPUs
+    are meant, or every rank would think that it is alone."""
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     on_cpu = ranks > 1 and not torch.accelerator.is_available()
     accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
-    assert accelerator.num_processes == ranks, f"{ranks} processes were started, accelerate sees {accelerator.num_processes}"
+    assert accelerator.num_processes == ranks, (
+        f"{ranks} processes were started, accelerate sees {accelerator.num_processes}"
+    )
     return accelerator
 
 
@@ -151,7 +163,16 @@ def _execute(context: Context, collect: Collector) -> dict[str, Any]:
         results.setdefault(stage.name, []).append(done)
         metric = done["primary_metric"]
         value = done["metrics"].get(metric, float("nan"))
-        logger.info("[%d/%d] %s%s: %s %.4f (%s)", i + 1, len(jobs), stage.name, f" seed {seed}" if stage.seeds > 1 else "", metric, value, how)
+        logger.info(
+            "[%d/%d] %s%s: %s %.4f (%s)",
+            i + 1,
+            len(jobs),
+            stage.name,
+            f" seed {seed}" if stage.seeds > 1 else "",
+            metric,
+            value,
+            how,
+        )
     from kt_hf import reporting
 
     report = reporting.finish(context, results, time.perf_counter() - started)
@@ -171,7 +192,8 @@ def quiet_libraries() -> None:
     logging.getLogger("datasets").setLevel(logging.ERROR)
 
 
-# --- the plan ----------------------------------------------------------------------------------------------------------
+# --- the plan
+# ----------------------------------------------------------------------------------------------------------
 
 
 def parents(context: Context, stage: Merge | Ensemble, seed: int) -> tuple[list[str], list[Model]]:
@@ -205,7 +227,10 @@ def check_streams(stage: Train, stack: dict[str, Any], recipe: Recipe, collect: 
     for owner, strategy in stack.items():
         for name, stream in strategy.streams().items():
             if stream.data != "train" and stream.data not in (recipe.data or {}):
-                collect.add(f"stages.{stage.name}: '{owner}' needs the stream '{name}' of a data set '{stream.data}'", f"add it: data.{stream.data}.path=...")
+                collect.add(
+                    f"stages.{stage.name}: '{owner}' needs the stream '{name}' of a data set '{stream.data}'",
+                    f"add it: data.{stream.data}.path=...",
+                )
 
 
 def plan(context: Context, collect: Collector) -> None:
@@ -214,19 +239,35 @@ def plan(context: Context, collect: Collector) -> None:
         with collect():
             context.tasks[stage.name] = _settle_task(context, stage)
             if stage.data is None and isinstance(stage, (Train, Evaluate)):
-                raise RecipeError(f"stages.{stage.name}: no data", "give the recipe or the stage some: data.path=FOLDER_OR_FILE_OR_HUB_ID")
+                raise RecipeError(
+                    f"stages.{stage.name}: no data",
+                    "give the recipe or the stage some: data.path=FOLDER_OR_FILE_OR_HUB_ID",
+                )
             if stage.data is None:
-                raise RecipeError(f"stages.{stage.name}: no data to measure the result on", "give the recipe or the stage data")
+                raise RecipeError(
+                    f"stages.{stage.name}: no data to measure the result on", "give the recipe or the stage data"
+                )
             info = context.info(stage)
             if isinstance(stage, Train):
                 if "train" not in info.splits:
-                    raise RecipeError(f"stages.{stage.name}: the data have no training split", "name it: data.splits.train=...")
-                trainer.check_stack(stages.build_stack(stage, context.settings), stage.training, context.task(stage), f"stages.{stage.name}")
+                    raise RecipeError(
+                        f"stages.{stage.name}: the data have no training split", "name it: data.splits.train=..."
+                    )
+                trainer.check_stack(
+                    stages.build_stack(stage, context.settings),
+                    stage.training,
+                    context.task(stage),
+                    f"stages.{stage.name}",
+                )
                 if isinstance(stage.training.learning_rate, list) and "validation" not in info.splits:
-                    raise RecipeError(f"stages.{stage.name}: choosing a learning rate needs validation data", "give one learning rate")
+                    raise RecipeError(
+                        f"stages.{stage.name}: choosing a learning rate needs validation data", "give one learning rate"
+                    )
                 context.setups[stage.name] = skeleton.plan_setup(context, stage)
             if isinstance(stage, Evaluate) and stage.model is not None and stage.model.path is None:
-                raise RecipeError(f"stages.{stage.name}: a fresh model has learned nothing", "give model=DIR_OR_HUB_ID or @stage")
+                raise RecipeError(
+                    f"stages.{stage.name}: a fresh model has learned nothing", "give model=DIR_OR_HUB_ID or @stage"
+                )
     if not collect.mistakes:
         for stage in context.recipe.stages:
             with collect():
@@ -238,7 +279,8 @@ def _check_compare(context: Context, stage: Stage) -> None:
         other = context.stage(ref[1:])
         if type(context.task(other)) is not type(context.task(stage)):
             raise RecipeError(
-                f"stages.{stage.name}.compare: '{ref}' is {type(context.task(other)).__name__}, this stage {type(context.task(stage)).__name__}",
+                f"stages.{stage.name}.compare: '{ref}' is {type(context.task(other)).__name__}, "
+                f"this stage {type(context.task(stage)).__name__}",
                 "compare stages of one task",
             )
 
@@ -255,13 +297,19 @@ def _settle_task(context: Context, stage: Stage) -> Any:
     fitting = fitting_tasks(features, stage.data[1].columns)
     if len(fitting) != 1:
         found = f"could be {' or '.join(name for name, _ in fitting)}" if fitting else "does not decide the task"
-        raise RecipeError(f"data '{stage.data[0]}' with columns {', '.join(features)} {found}", f"set task=..., one of {', '.join(registry.names('task'))}")
+        raise RecipeError(
+            f"data '{stage.data[0]}' with columns {', '.join(features)} {found}",
+            f"set task=..., one of {', '.join(registry.names('task'))}",
+        )
     return fitting[0][1]
 
 
 def describe(context: Context) -> str:
     """The plan in words."""
-    lines = [f"plan: {len(context.recipe.stages)} stages, {sum(s.seeds for s in context.recipe.stages)} runs of them, into {context.root}"]
+    lines = [
+        f"plan: {len(context.recipe.stages)} stages, {sum(s.seeds for s in context.recipe.stages)} runs of them, "
+        f"into {context.root}"
+    ]
     for stage in context.recipe.stages:
         info, seeds = context.info(stage), f" x {stage.seeds} seeds" if stage.seeds > 1 else ""
         sizes = ", ".join(f"{len(rows)} {split}" for split, rows in info.splits.items())

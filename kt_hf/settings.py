@@ -33,9 +33,13 @@ _CHOICE = re.compile(r"'([^']*)'")
 _CONFIG = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=(), validate_default=False)
 
 
-@functools.cache
-def parameters(cls: type) -> dict[str, tuple[Any, inspect.Parameter]]:
+def parameters(cls: Any) -> dict[str, tuple[Any, inspect.Parameter]]:
     """Name -> (annotation, parameter) of the constructor's settings; `self` and `**catch_all` are left out."""
+    return _parameters(cls)
+
+
+@functools.cache
+def _parameters(cls: Any) -> dict[str, tuple[Any, inspect.Parameter]]:
     hints = typing.get_type_hints(cls.__init__, include_extras=True)
     found = {}
     for name, parameter in list(inspect.signature(cls.__init__).parameters.items())[1:]:

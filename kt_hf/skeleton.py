@@ -29,7 +29,16 @@ def plan_setup(context: Context, stage: Train) -> tuple[dict[str, Any], int, int
     if loaded is None:
         return None
     info, task = context.info(stage), context.task(stage)
-    run = Run(context.accelerator, stage.training.seed, context.root, task, loaded, info, 1, lambda ref: context.resolve(ref, 0))
+    run = Run(
+        context.accelerator,
+        stage.training.seed,
+        context.root,
+        task,
+        loaded,
+        info,
+        1,
+        lambda ref: context.resolve(ref, 0),
+    )
     stack = stages.build_stack(stage, context.settings)
     model = loaded.model
     with torch.device("meta"):

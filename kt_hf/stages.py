@@ -19,9 +19,9 @@ from kt_hf import folder as folders
 from kt_hf import recipe as grammar
 from kt_hf.bundle import Bundle
 from kt_hf.errors import RecipeError
+from kt_hf.facts import Run
 from kt_hf.loader import Plan, Rows, Windows, load_batches
 from kt_hf.recipe import Ensemble, Evaluate, Merge, Model, Stage, Train, Training
-from kt_hf.facts import Run
 from kt_hf.task import Loaded, Scores
 
 if TYPE_CHECKING:
@@ -47,7 +47,12 @@ def perform(context: Context, stage: Stage, seed: int) -> dict[str, Any]:
             folder.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(folder / "model", ignore_errors=True)
     context.accelerator.wait_for_everyone()
-    kinds: dict[type, Callable[..., dict[str, Any]]] = {Train: _train, Merge: _merge, Ensemble: _ensemble, Evaluate: _evaluate}
+    kinds: dict[type, Callable[..., dict[str, Any]]] = {
+        Train: _train,
+        Merge: _merge,
+        Ensemble: _ensemble,
+        Evaluate: _evaluate,
+    }
     with peak_memory(context.accelerator.device) as peak:
         facts = kinds[type(stage)](context, stage, seed, folder)
     facts["cost"]["peak_memory_bytes"] = peak["bytes"]
@@ -87,7 +92,8 @@ def _resident_peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-# --- train -------------------------------------------------------------------------------------------------------------
+# --- train
+# -------------------------------------------------------------------------------------------------------------
 
 
 def _train(context: Context, stage: Train, seed: int, folder: Path) -> dict[str, Any]:
@@ -101,13 +107,19 @@ def _train(context: Context, stage: Train, seed: int, folder: Path) -> dict[str,
     rate = rates[0] if isinstance(rates, list) else rates
     if result is None:
         result = _train_once(context, stage, seed, folder, rate)
-    loaded, task, info = result.loaded, context.task(stage), context.info(stage)
+    loaded, task = result.loaded, context.task(stage)
     if context.accelerator.is_main_process:
         save_model(task, loaded, folder / "model")
         shutil.rmtree(folder / "trials", ignore_errors=True)
     facts = measured(context, stage, loaded, folder, loaded.model)
     facts["cost"] = {**result.cost, **facts["cost"]}
-    facts.update(curve=result.curve, evaluations=result.evaluations, trials=trials, learning_rate=rate, best_step=result.best_step)
+    facts.update(
+        curve=result.curve,
+        evaluations=result.evaluations,
+        trials=trials,
+        learning_rate=rate,
+        best_step=result.best_step,
+    )
     facts["lineage"] = _train_lineage(context, stage, seed)
     facts["zero_shot"] = zero_shot
     return facts
@@ -129,14 +141,26 @@ def _measure_start(context: Context, stage: Train, folder: Path) -> str | None:
 
 def _train_once(context: Context, stage: Train, seed: int, folder: Path, rate: float) -> trainer.Result:
     task, info, data = context.task(stage), context.info(stage), stage.data[1]  # type: ignore[index]
-    training = Training(**{**{k: getattr(stage.training, k) for k in grammar.settings.parameters(Training)}, "learning_rate": rate})
+    training = Training(
+        **{**{k: getattr(stage.training, k) for k in grammar.settings.parameters(Training)}, "learning_rate": rate}
+    )
     training.seed = stage.training.seed + seed
     if training.full_determinism:
         torch.use_deterministic_algorithms(True)
     randomness.seed_all("load", training.seed)
     loaded = task.load(context.resolve(stage.model, seed), info)
     steps = trainer.planned_steps(training, len(info.splits["train"]), context.accelerator.num_processes)
-    run = Run(context.accelerator, training.seed, folder, task, loaded, info, steps, lambda ref: context.resolve(ref, seed), training.bf16)
+    run = Run(
+        context.accelerator,
+        training.seed,
+        folder,
+        task,
+        loaded,
+        info,
+        steps,
+        lambda ref: context.resolve(ref, seed),
+        training.bf16,
+    )
     stack = build_stack(stage, context.settings)
 
     def stream_info(name: str) -> Any:
@@ -146,7 +170,9 @@ def _train_once(context: Context, stage: Train, seed: int, folder: Path, rate: f
         return trainer.Trainer(run, loaded, stack, training, data, track, stream_info, context.until).run()
 
 
-def _choose_rate(context: Context, stage: Train, seed: int, folder: Path, rates: list[float]) -> tuple[list[dict[str, Any]], trainer.Result | None]:
+def _choose_rate(
+    context: Context, stage: Train, seed: int, folder: Path, rates: list[float]
+) -> tuple[list[dict[str, Any]], trainer.Result | None]:
     """Train with every rate for seed 0 and keep the best on validation data; other seeds take seed 0's choice."""
     task, info = context.task(stage), context.info(stage)
     if seed > 0:
@@ -157,13 +183,34 @@ def _choose_rate(context: Context, stage: Train, seed: int, folder: Path, rates:
     trials, results = [], []
     for rate in rates:
         result = _train_once(context, stage, seed, folder / "trials" / f"{rate:g}", rate)
-        found = _predict(context, task, result.loaded, result.loaded.model, info, "validation", stage.training.per_device_eval_batch_size)
+        found = _predict(
+            context,
+            task,
+            result.loaded,
+            result.loaded.model,
+            info,
+            "validation",
+            stage.training.per_device_eval_batch_size,
+        )
         score = task.measure(found, result.loaded, info).metrics[task.metric]
-        trials.append({"learning_rate": rate, "metric": task.metric, "validation": score, "seconds": result.cost["seconds"], "chosen": False})
+        trials.append(
+            {
+                "learning_rate": rate,
+                "metric": task.metric,
+                "validation": score,
+                "seconds": result.cost["seconds"],
+                "chosen": False,
+            }
+        )
         results.append(result)
     best = sorted(range(len(rates)), key=lambda i: trials[i]["validation"], reverse=higher)[0]
     trials[best]["chosen"] = True
-    logger.info("%s: learning rate %g is best on validation data (%s)", stage.name, rates[best], ", ".join(f"{t['learning_rate']:g}: {t['validation']:.4f}" for t in trials))
+    logger.info(
+        "%s: learning rate %g is best on validation data (%s)",
+        stage.name,
+        rates[best],
+        ", ".join(f"{t['learning_rate']:g}: {t['validation']:.4f}" for t in trials),
+    )
     return trials, results[best]
 
 
@@ -206,7 +253,9 @@ def tracking(context: Context, training: Training, folder: Path) -> Iterator[Cal
             if hasattr(tracker, "start"):
                 tracker.start()
         except ImportError as error:
-            raise RecipeError(f"training.report_to: {name} is not installed ({error})", f"pip install {name}, or report_to=none") from error
+            raise RecipeError(
+                f"training.report_to: {name} is not installed ({error})", f"pip install {name}, or report_to=none"
+            ) from error
         trackers.append(tracker)
 
     def track(values: dict[str, float], step: int) -> None:
@@ -220,7 +269,8 @@ def tracking(context: Context, training: Training, folder: Path) -> Iterator[Cal
             tracker.finish()
 
 
-# --- merge, ensemble, evaluate -----------------------------------------------------------------------------------------
+# --- merge, ensemble, evaluate
+# -----------------------------------------------------------------------------------------
 
 
 def _merge(context: Context, stage: Merge, seed: int, folder: Path) -> dict[str, Any]:
@@ -230,14 +280,20 @@ def _merge(context: Context, stage: Merge, seed: int, folder: Path) -> dict[str,
     names, models = find_parents(context, stage, seed)
     method = build("merge", stage.method, stage, context.settings)
     if len(models) < method.min_parents:
-        raise RecipeError(f"stages.{stage.name}: {len(models)} parents, {grammar.named(stage.method)[0]} needs {method.min_parents}", "name more models")
+        raise RecipeError(
+            f"stages.{stage.name}: {len(models)} parents, {grammar.named(stage.method)[0]} needs {method.min_parents}",
+            "name more models",
+        )
     started = time.perf_counter()
     loaded = task.load(models[0], info)
     _check_kinship(task, loaded, models, names, info)
     base = context.resolve(stage.base, seed) if stage.base is not None else None
     statistics = merging.batch_statistics(loaded.model)
     if statistics and "train" not in info.splits:
-        raise RecipeError(f"stages.{stage.name}: the parents keep batch statistics and there are no training data to re-estimate them", "give the stage data with a training split")
+        raise RecipeError(
+            f"stages.{stage.name}: the parents keep batch statistics, and no training data are there to estimate them",
+            "give the stage data with a training split",
+        )
     with merging.Parents([Path(str(m.path)) for m in models], names) as parents:
         parents.check_finite()
 
@@ -248,7 +304,10 @@ def _merge(context: Context, stage: Merge, seed: int, folder: Path) -> dict[str,
             return task.measure(found, loaded, info).metrics[task.metric]
 
         if method.needs_validation and "validation" not in info.splits:
-            raise RecipeError(f"stages.{stage.name}: {grammar.named(stage.method)[0]} selects on validation data, and there are none", "give data with a validation split")
+            raise RecipeError(
+                f"stages.{stage.name}: {grammar.named(stage.method)[0]} selects on validation data, and there are none",
+                "give data with a validation split",
+            )
         merge_run = merging.MergeRun(len(models), names, task.greater_is_better, score)
         method.fit(merge_run)
         if accelerator.is_main_process:
@@ -265,7 +324,14 @@ def _merge(context: Context, stage: Merge, seed: int, folder: Path) -> dict[str,
     total = sum(p.numel() for p in loaded.model.parameters())
     facts["cost"].update(seconds=seconds, total_parameters=total, trained_parameters=0, optimizer_steps=0)
     summary = {**method.summary(), "validation_scores": merge_run.scores}
-    facts.update(summary=summary, lineage={"parents": names, "method": grammar.named(stage.method)[0], **({"base": str(stage.base.path)} if stage.base else {})})
+    facts.update(
+        summary=summary,
+        lineage={
+            "parents": names,
+            "method": grammar.named(stage.method)[0],
+            **({"base": str(stage.base.path)} if stage.base else {}),
+        },
+    )
     return facts
 
 
@@ -281,7 +347,10 @@ def _check_kinship(task: Any, loaded: Loaded, models: list[Model], names: list[s
         other = task.signature(task.load(model, info))
         for key in first.keys() & other.keys():
             if first[key] != other[key]:
-                raise RecipeError(f"'{names[0]}' and '{name}' differ in {key}", "merge models of the same labels, vocabulary and preprocessing")
+                raise RecipeError(
+                    f"'{names[0]}' and '{name}' differ in {key}",
+                    "merge models of the same labels, vocabulary and preprocessing",
+                )
 
 
 def _refresh_statistics(context: Context, stage: Stage, loaded: Loaded) -> None:
@@ -312,7 +381,10 @@ def _ensemble(context: Context, stage: Ensemble, seed: int, folder: Path) -> dic
     bundle = ensembling.EnsembleBundle(loaded, task, method.combine).to(accelerator.device)
     if method.needs_validation:
         if "validation" not in info.splits or task.unit != "example":
-            raise RecipeError(f"stages.{stage.name}: fitting weights needs validation data and one class per example", "give the weights")
+            raise RecipeError(
+                f"stages.{stage.name}: fitting weights needs validation data and one class per example",
+                "give the weights",
+            )
         found = evaluation.predict(bundle, bundle, accelerator, info, "validation", 64, mode="scores")
         method.fit(torch.from_numpy(found["scores"]).transpose(0, 1), torch.from_numpy(found["label"]))
     if accelerator.is_main_process:
@@ -320,7 +392,12 @@ def _ensemble(context: Context, stage: Ensemble, seed: int, folder: Path) -> dic
     found = evaluation.predict(bundle, bundle, accelerator, info, info.evaluation_split, 64)
     facts = record(context, stage, loaded[0], folder, found)
     total = sum(p.numel() for m in loaded for p in m.model.parameters())
-    facts["cost"] = {"seconds": time.perf_counter() - started, "total_parameters": total, "trained_parameters": 0, "optimizer_steps": 0}
+    facts["cost"] = {
+        "seconds": time.perf_counter() - started,
+        "total_parameters": total,
+        "trained_parameters": 0,
+        "optimizer_steps": 0,
+    }
     facts.update(summary=method.state(), lineage={"members": names, "method": method_name})
     return facts
 
@@ -341,7 +418,12 @@ def _evaluate(context: Context, stage: Evaluate, seed: int, folder: Path) -> dic
         _refuse_untrained_head(stage.name, task, loaded)
         facts = measured(context, stage, loaded, folder, loaded.model)
         total = sum(p.numel() for p in loaded.model.parameters())
-    facts["cost"] = {"seconds": time.perf_counter() - started, "total_parameters": total, "trained_parameters": 0, "optimizer_steps": 0}
+    facts["cost"] = {
+        "seconds": time.perf_counter() - started,
+        "total_parameters": total,
+        "trained_parameters": 0,
+        "optimizer_steps": 0,
+    }
     facts["lineage"] = {"model": str(stage.model.path), "revision": stage.model.revision}
     return facts
 
@@ -349,10 +431,14 @@ def _evaluate(context: Context, stage: Evaluate, seed: int, folder: Path) -> dic
 def _refuse_untrained_head(where: str, task: Any, loaded: Loaded) -> None:
     if loaded.new_parameters:
         names = ", ".join(loaded.new_parameters[:3])
-        raise RecipeError(f"{where}: the model has no trained head for these labels ({names} are new)", "a model without its head cannot be measured before training")
+        raise RecipeError(
+            f"{where}: the model has no trained head for these labels ({names} are new)",
+            "a model without its head cannot be measured before training",
+        )
 
 
-# --- measuring and saving ----------------------------------------------------------------------------------------------
+# --- measuring and saving
+# ----------------------------------------------------------------------------------------------
 
 
 def save_model(task: Any, loaded: Loaded, folder: Path) -> None:
@@ -366,7 +452,9 @@ def save_model(task: Any, loaded: Loaded, folder: Path) -> None:
         staged.rename(folder)
 
 
-def _predict(context: Context, task: Any, loaded: Loaded, model: Any, info: Any, split: str, batch_size: int = 64) -> dict[str, np.ndarray]:
+def _predict(
+    context: Context, task: Any, loaded: Loaded, model: Any, info: Any, split: str, batch_size: int = 64
+) -> dict[str, np.ndarray]:
     loaded.model = model
     bundle = Bundle(loaded, task, {}).to(context.accelerator.device).eval()
     return evaluation.predict(bundle, bundle, context.accelerator, info, split, batch_size)
@@ -379,7 +467,9 @@ def measured(context: Context, stage: Stage, loaded: Loaded, folder: Path, model
     return record(context, stage, loaded, folder, found)
 
 
-def record(context: Context, stage: Stage, loaded: Loaded, folder: Path, found: dict[str, np.ndarray]) -> dict[str, Any]:
+def record(
+    context: Context, stage: Stage, loaded: Loaded, folder: Path, found: dict[str, np.ndarray]
+) -> dict[str, Any]:
     """Write predictions.parquet and the arrays behind the figures; returns facts with metrics."""
     task, info = context.task(stage), context.info(stage)
     scores: Scores = task.measure(found, loaded, info)
@@ -389,7 +479,10 @@ def record(context: Context, stage: Stage, loaded: Loaded, folder: Path, found: 
 
         seed = int(folder.name) if folder.parent.name == "seeds" else 0
         table = {"index": found["index"], "seed": np.full(len(found["index"]), seed), **task.table(found, loaded, info)}
-        pq.write_table(pa.table({k: pa.array(v) if not isinstance(v, list) else pa.array(list(v)) for k, v in table.items()}), folder / "predictions.parquet")
+        pq.write_table(
+            pa.table({k: pa.array(v) if not isinstance(v, list) else pa.array(list(v)) for k, v in table.items()}),
+            folder / "predictions.parquet",
+        )
         tensors = {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in found.items()}
         checkpoint.write(folder / "arrays.safetensors", checkpoint.tensor_chunks(tensors))
     return {

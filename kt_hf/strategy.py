@@ -1,8 +1,8 @@
 """The strategy contract: how knowledge enters training. Read this page first.
 
-A strategy is an `nn.Module`. What it registers is moved, wrapped, trained if it asks for gradients, saved and resumed. It never
-stores the model: the model arrives as an argument. All hooks are optional, each has one rule by which strategies combine, and
-the trainer is the only caller:
+A strategy is an `nn.Module`. What it registers is moved, wrapped, trained if it asks for gradients, saved and resumed.
+It never stores the model: the model arrives as an argument. All hooks are optional, each has one rule by which
+strategies combine, and the trainer is the only caller:
 
     for strategy in stack:  model = strategy.setup(model, run)          # surgery: freeze, inject, replace
     for strategy in stack:  strategy.ready(model, run)                  # names and shapes are final from here on
@@ -17,8 +17,8 @@ the trainer is the only caller:
         now and then: evaluate fold(eval_model), save
     model = fold(eval_model); model = fold(export, reversed); save
 
-Settings are the constructor's keyword arguments: typed, plain values, documented. Settings that name a model are annotated
-`ModelRef`.
+Settings are the constructor's keyword arguments: typed, plain values, documented. Settings that name a model are
+annotated `ModelRef`.
 """
 
 from __future__ import annotations
@@ -42,8 +42,9 @@ Batch = dict[str, Any]
 class Stream:
     """Extra data beside `train`.
 
-    data: name of one of the recipe's data sets, or "train" for the same rows again. views: independently augmented copies of
-    a row. augment: torchvision v2 transforms, by name. ratio: rows per row of `train`. labels: whether labels are read.
+    data: name of one of the recipe's data sets, or "train" for the same rows again. views: independently augmented
+    copies of a row. augment: torchvision v2 transforms, by name. ratio: rows per row of `train`. labels: whether labels
+    are read.
     """
 
     data: str = "train"
@@ -54,7 +55,8 @@ class Stream:
 
 
 class Strategy(nn.Module):
-    """Base of every strategy; override what you need. Hooks return values, they assign nothing on what they are given."""
+    """Base of every strategy; override what you need. Hooks return values, they assign nothing on what they are
+    given."""
 
     api_version: ClassVar[int] = 1
     paper: ClassVar[str] = ""
@@ -70,7 +72,8 @@ class Strategy(nn.Module):
     """Merged over the stack: ask for `output_hidden_states`, `output_attentions`. A conflict is an error."""
 
     batches: ClassVar[Callable[..., Iterable[Sequence[int]]] | None] = None
-    """`batches(data, batch_size, seed, epoch)`: the epoch's global batches as row numbers, a pure function. Exclusive."""
+    """`batches(data, batch_size, seed, epoch)`: the epoch's global batches as row numbers, a pure function.
+    Exclusive."""
     backward: ClassVar[Callable[..., None] | None] = None
     """`backward(compute, micro_batches, run)`: leave rank-averaged gradients on the parameters. Exclusive."""
 
@@ -91,7 +94,8 @@ class Strategy(nn.Module):
         return model
 
     def ready(self, model: nn.Module, run: Run) -> None:
-        """After every `setup`: create shadows, anchors, projectors. Names and shapes of all state are final afterwards."""
+        """After every `setup`: create shadows, anchors, projectors. Names and shapes of all state are final
+        afterwards."""
 
     def lr_scale(self, name: str) -> float | Callable[[float], float]:
         """Factor on the learning rate of the parameter `name`, or a function of progress. 0 skips its update wholly."""

@@ -42,7 +42,8 @@ class Loaded:
     """A model with what belongs to it.
 
     labels: its class names, in the order of its outputs. label_ids: class of the data set -> class of the model.
-    origin: what was loaded, for lineage (`path`, `revision`). kind: how it is saved (`transformers`, `adapter`, `open_clip`).
+    origin: what was loaded, for lineage (`path`, `revision`). kind: how it is saved (`transformers`, `adapter`,
+    `open_clip`).
     """
 
     model: nn.Module
@@ -83,7 +84,8 @@ class Task:
     cache_rows: ClassVar[bool] = True
     """Whether preprocessed rows are kept on disk (text) or made on the fly (images)."""
     random_rows: ClassVar[bool] = False
-    """Whether training rows are preprocessed anew in every epoch, because `preprocess` draws (a caption out of several)."""
+    """Whether training rows are preprocessed anew in every epoch, because `preprocess` draws (a caption out of
+    several)."""
 
     def fits(self, roles: dict[str, str]) -> bool:
         """Whether rows with these roles (role -> column) are this task's, for a recipe without `task`."""
@@ -93,7 +95,9 @@ class Task:
         """Load or build the model and its processor, with labels mapped by name."""
         raise RecipeError(f"{type(self).__name__} cannot load models", "choose another task")
 
-    def preprocess(self, rows: dict[str, list[Any]], loaded: Loaded, train: bool, augment: Any = None) -> dict[str, Any]:
+    def preprocess(
+        self, rows: dict[str, list[Any]], loaded: Loaded, train: bool, augment: Any = None
+    ) -> dict[str, Any]:
         """Columns by role, N rows -> model inputs, N rows each. `augment` is a callable on images or None."""
         raise NotImplementedError
 
@@ -105,7 +109,9 @@ class Task:
         """Run the model without labels."""
         raise NotImplementedError
 
-    def loss(self, outputs: Any, batch: Batch, label_smoothing: float = 0.0) -> tuple[torch.Tensor, torch.Tensor | None, str]:
+    def loss(
+        self, outputs: Any, batch: Batch, label_smoothing: float = 0.0
+    ) -> tuple[torch.Tensor, torch.Tensor | None, str]:
         """(values, weight, unit), unreduced, in float32."""
         raise NotImplementedError
 
@@ -121,7 +127,9 @@ class Task:
         """features_BD: one vector per row."""
         raise RecipeError(f"{type(self).__name__} has no features", "use another strategy or task")
 
-    def context(self, model: nn.Module, loaded: Loaded, info: DataInfo, device: torch.device) -> dict[str, torch.Tensor]:
+    def context(
+        self, model: nn.Module, loaded: Loaded, info: DataInfo, device: torch.device
+    ) -> dict[str, torch.Tensor]:
         """What `predict` needs once per evaluation, such as the embeddings of the class names."""
         return {}
 
@@ -141,7 +149,9 @@ class Task:
         """Columns of predictions.parquet, N rows each, from which `measure` can be recomputed."""
         raise NotImplementedError
 
-    def majority(self, train: dict[str, Any], predictions: dict[str, np.ndarray], loaded: Loaded, info: DataInfo) -> Scores | None:
+    def majority(
+        self, train: dict[str, Any], predictions: dict[str, np.ndarray], loaded: Loaded, info: DataInfo
+    ) -> Scores | None:
         """What always answering the most frequent training label would score; None where that makes no sense."""
         return None
 

@@ -11,7 +11,8 @@ from kt_hf.functional.averaging import weighted_mean
 
 
 class GreedySoup(MergeMethod):
-    """Parents in the order of their validation score; each joins the mean if the mean does not get worse on validation data.
+    """Parents in the order of their validation score; each joins the mean if the mean does not get worse on validation
+    data.
 
     Costs one evaluation per parent, and one for each candidate soup. Test data are never looked at.
     """

@@ -29,7 +29,9 @@ class ImageClassification(classification.Classification, Task):
         loaded.processor = loading.load_image_processor(ref, loaded.model.config)
         return loaded
 
-    def preprocess(self, rows: dict[str, list[Any]], loaded: Loaded, train: bool, augment: Any = None) -> dict[str, Any]:
+    def preprocess(
+        self, rows: dict[str, list[Any]], loaded: Loaded, train: bool, augment: Any = None
+    ) -> dict[str, Any]:
         images = [image.convert("RGB") for image in rows["image"]]
         if augment is not None:
             images = [augment(image) for image in images]

@@ -17,7 +17,7 @@ class Mean(EnsembleMethod):
     weights: one per member, or `fit` to choose those on the simplex that minimise the cross-entropy on validation data.
     """
 
-    paper = "Lakshminarayanan, Pritzel, Blundell 2017, Simple and Scalable Predictive Uncertainty Estimation, arXiv:1612.01474"
+    paper = "Lakshminarayanan et al. 2017, Simple and Scalable Predictive Uncertainty Estimation, arXiv:1612.01474"
 
     def __init__(self, *, weights: list[float] | str | None = None):
         if isinstance(weights, str) and weights != "fit":
@@ -31,7 +31,12 @@ class Mean(EnsembleMethod):
     def fit(self, scores_KNC: torch.Tensor, labels_N: torch.Tensor) -> None:
         """Minimise the mixture's cross-entropy by expectation-maximisation; convex, so the start does not matter."""
         known = labels_N >= 0
-        right_KN = scores_KNC.double().softmax(-1)[:, known].gather(-1, labels_N[known].expand(len(scores_KNC), -1).unsqueeze(-1)).squeeze(-1)
+        right_KN = (
+            scores_KNC.double()
+            .softmax(-1)[:, known]
+            .gather(-1, labels_N[known].expand(len(scores_KNC), -1).unsqueeze(-1))
+            .squeeze(-1)
+        )
         weights_K1 = torch.full((len(scores_KNC), 1), 1 / len(scores_KNC), dtype=torch.float64)
         for _ in range(500):
             share_KN = weights_K1 * right_KN
@@ -41,7 +46,9 @@ class Mean(EnsembleMethod):
     def combine(self, scores_KNC: torch.Tensor) -> torch.Tensor:
         given = self.weights if isinstance(self.weights, list) else [1.0] * len(scores_KNC)
         if len(given) != len(scores_KNC) or min(given) < 0 or sum(given) <= 0:
-            raise RecipeError(f"mean.weights: {given} for {len(scores_KNC)} members", "give one weight per member, none negative")
+            raise RecipeError(
+                f"mean.weights: {given} for {len(scores_KNC)} members", "give one weight per member, none negative"
+            )
         weights_K = torch.tensor(given, dtype=torch.float32, device=scores_KNC.device)
         logs_KNC = F.log_softmax(scores_KNC.float(), dim=-1) + (weights_K / weights_K.sum()).log()[:, None, None]
         return torch.logsumexp(logs_KNC, dim=0)

@@ -39,7 +39,9 @@ class TextClassification(classification.Classification, Task):
             loaded.model.config.pad_token_id = tokenizer.pad_token_id
         return loaded
 
-    def preprocess(self, rows: dict[str, list[Any]], loaded: Loaded, train: bool, augment: Any = None) -> dict[str, Any]:
+    def preprocess(
+        self, rows: dict[str, list[Any]], loaded: Loaded, train: bool, augment: Any = None
+    ) -> dict[str, Any]:
         limit = min(self.max_length, loaded.processor.model_max_length)
         encoded = loaded.processor(rows["text"], rows.get("text_pair"), truncation=True, max_length=limit)
         return {**encoded, **self.labels(rows, loaded)}

@@ -31,6 +31,9 @@ class UniformSoup(MergeMethod):
         if self.weights is None:
             return
         if len(self.weights) != run.num_parents:
-            raise RecipeError(f"uniform_soup.weights: {len(self.weights)} weights for {run.num_parents} parents", "give one weight per parent")
+            raise RecipeError(
+                f"uniform_soup.weights: {len(self.weights)} weights for {run.num_parents} parents",
+                "give one weight per parent",
+            )
         if sum(self.weights) == 0:
             raise RecipeError("uniform_soup.weights: they add up to 0", "give weights with another sum")

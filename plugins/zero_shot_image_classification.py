@@ -239,7 +239,7 @@ class ZeroShotImageClassification(classification.Classification, Task):
         """Of the accuracy alone: there is no constant answer to retrieval."""
         if not self.metric.startswith(("accuracy", "macro")) or "label" not in train or "scores" not in predictions:
             return None
-        classes = {k: predictions[k] for k in ("scores", "label") if k in predictions}
+        classes: dict[str, Any] = {k: predictions[k] for k in ("scores", "label") if k in predictions}
         return super().majority(train, classes, loaded, info) if "label" in classes else None
 
     # --- parts ---

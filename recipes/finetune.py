@@ -7,8 +7,7 @@ Without arguments: a small vision transformer learns upright digits, then rotate
 """
 
 from kt_hf import Data, Model, Recipe, Train, main
-
-VIT = {"hidden_size": 80, "intermediate_size": 160, "num_attention_heads": 4, "num_hidden_layers": 4, "image_size": 8, "patch_size": 4, "initializer_range": 0.1}
+from kt_hf.digits import VIT
 
 recipe = Recipe(
     name="finetune",
@@ -16,7 +15,13 @@ recipe = Recipe(
     model=Model("@source"),
     training={"num_train_epochs": 20, "per_device_train_batch_size": 16, "learning_rate": 5e-4, "warmup_ratio": 0.1},
     stages=[
-        Train("source", data=Data("digits", "source"), model=Model(config="vit", config_overrides=VIT), training={"num_train_epochs": 2, "learning_rate": 3e-3}, when_used=True),
+        Train(
+            "source",
+            data=Data("digits", "source"),
+            model=Model(config="vit", config_overrides=VIT),
+            training={"num_train_epochs": 2, "learning_rate": 3e-3},
+            when_used=True,
+        ),
         Train("finetune", strategies=["finetune"], compare=["majority"]),
     ],
 )

@@ -6,8 +6,7 @@ Add `stages.lora.strategies.lora.save=adapter` to keep the adapter apart from th
 """
 
 from kt_hf import Data, Model, Recipe, Train, main
-
-VIT = {"hidden_size": 80, "intermediate_size": 160, "num_attention_heads": 4, "num_hidden_layers": 4, "image_size": 8, "patch_size": 4, "initializer_range": 0.1}
+from kt_hf.digits import VIT
 
 recipe = Recipe(
     name="lora",
@@ -15,7 +14,13 @@ recipe = Recipe(
     model=Model("@source"),
     training={"num_train_epochs": 20, "per_device_train_batch_size": 16, "learning_rate": 1e-3, "warmup_ratio": 0.1},
     stages=[
-        Train("source", data=Data("digits", "source"), model=Model(config="vit", config_overrides=VIT), training={"num_train_epochs": 2, "learning_rate": 3e-3}, when_used=True),
+        Train(
+            "source",
+            data=Data("digits", "source"),
+            model=Model(config="vit", config_overrides=VIT),
+            training={"num_train_epochs": 2, "learning_rate": 3e-3},
+            when_used=True,
+        ),
         Train("lora", strategies=["lora"], compare=["majority"]),
     ],
 )

@@ -2,21 +2,29 @@
 
     accelerate launch recipes/quickstart.py
 
-Source domain: upright handwritten digits. Target domain: rotated, noisy digits with 5 labelled examples per class. The report
-says for every way whether it helped, against which baseline, at what cost.
+Source domain: upright handwritten digits. Target domain: rotated, noisy digits with 5 labelled examples per class. The
+report says for every way whether it helped, against which baseline, at what cost.
 """
 
 from kt_hf import Data, Ensemble, Evaluate, Merge, Model, Recipe, Train, main
+from kt_hf.digits import BERT, VIT
 
 
 def vit(hidden_size: int, num_hidden_layers: int) -> Model:
-    """A small vision transformer; the wide initialisation lets it learn in a hundred steps."""
-    width = {"hidden_size": hidden_size, "intermediate_size": 2 * hidden_size, "num_attention_heads": 4}
-    return Model(config="vit", config_overrides={**width, "num_hidden_layers": num_hidden_layers, "image_size": 8, "patch_size": 4, "initializer_range": 0.1})
+    """The small vision transformer, wider or deeper."""
+    return Model(
+        config="vit",
+        config_overrides={
+            **VIT,
+            "hidden_size": hidden_size,
+            "intermediate_size": 2 * hidden_size,
+            "num_hidden_layers": num_hidden_layers,
+        },
+    )
 
 
-BERT = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 2, "max_position_embeddings": 32}
-RATES = {"learning_rate": [3e-4, 1e-3, 3e-3]}  # every method, baselines included, chooses among these on validation data
+# every method, baselines included, chooses among these on validation data
+RATES = {"learning_rate": [3e-4, 1e-3, 3e-3]}
 BASELINES = ["majority", "@zero_shot", "@probe", "@scratch"]
 MEMBERS = ["@finetune", "@finetune_slow", "@finetune_decay"]
 
@@ -45,14 +53,41 @@ recipe = Recipe(
         Evaluate("zero_shot", data="target", model="@source", compare=["majority"]),
         # baselines on the target
         Train("scratch", data="target", training=RATES, compare=["majority", "@zero_shot"]),
-        Train("probe", [{"finetune": {"linear_probe": True}}], data="target", model="@source", training=RATES, compare=["majority", "@zero_shot", "@scratch"]),
+        Train(
+            "probe",
+            [{"finetune": {"linear_probe": True}}],
+            data="target",
+            model="@source",
+            training=RATES,
+            compare=["majority", "@zero_shot", "@scratch"],
+        ),
         # transfer
         Train("finetune", data="target", model="@source", training=RATES, compare=BASELINES),
-        Train("freeze_lower", [{"finetune": {"freeze_layers": 3}}], data="target", model="@source", training=RATES, compare=[*BASELINES, "@finetune"]),
-        Train("lora", [{"lora": {"r": 8}}], data="target", model="@source", training=RATES, compare=[*BASELINES, "@finetune"]),
+        Train(
+            "freeze_lower",
+            [{"finetune": {"freeze_layers": 3}}],
+            data="target",
+            model="@source",
+            training=RATES,
+            compare=[*BASELINES, "@finetune"],
+        ),
+        Train(
+            "lora",
+            [{"lora": {"r": 8}}],
+            data="target",
+            model="@source",
+            training=RATES,
+            compare=[*BASELINES, "@finetune"],
+        ),
         # a larger model teaches a smaller one
         Train("large_source", data="source", model=vit(128, 6), compare=["majority", "@source"]),
-        Train("teacher", data="target", model="@large_source", training=RATES, compare=["majority", "@scratch", "@finetune"]),
+        Train(
+            "teacher",
+            data="target",
+            model="@large_source",
+            training=RATES,
+            compare=["majority", "@scratch", "@finetune"],
+        ),
         Train("student", data="target", model=vit(48, 2), training=RATES, compare=["majority", "@zero_shot"]),
         Train(
             "distilled",
@@ -64,7 +99,13 @@ recipe = Recipe(
         ),
         # several fine-tunings, averaged in weight space and in output space
         Train("finetune_slow", data="target", model="@source", training={"learning_rate": 3e-4, "seed": 142}),
-        Train("finetune_decay", [{"finetune": {"layer_decay": 0.7}}], data="target", model="@source", training={"learning_rate": 1e-3, "seed": 242}),
+        Train(
+            "finetune_decay",
+            [{"finetune": {"layer_decay": 0.7}}],
+            data="target",
+            model="@source",
+            training={"learning_rate": 1e-3, "seed": 242},
+        ),
         Merge("uniform_soup", "uniform_soup", data="target", models=MEMBERS, compare=[*MEMBERS, "@scratch"]),
         Merge("greedy_soup", "greedy_soup", data="target", models=MEMBERS, compare=[*MEMBERS, "@scratch"]),
         Ensemble("ensemble", "mean", data="target", models=MEMBERS, compare=[*MEMBERS, "@greedy_soup", "@scratch"]),

@@ -2,13 +2,12 @@
 
     accelerate launch recipes/soup.py data.path=FOLDER model=DIR_OR_HUB_ID
 
-The soups take the three seeds of the fine-tuning as parents; the greedy one selects on validation data and reports on test data.
-Without arguments: digits.
+The soups take the three seeds of the fine-tuning as parents; the greedy one selects on validation data and reports on
+test data. Without arguments: digits.
 """
 
 from kt_hf import Data, Ensemble, Merge, Model, Recipe, Train, main
-
-VIT = {"hidden_size": 80, "intermediate_size": 160, "num_attention_heads": 4, "num_hidden_layers": 4, "image_size": 8, "patch_size": 4, "initializer_range": 0.1}
+from kt_hf.digits import VIT
 
 recipe = Recipe(
     name="soup",
@@ -16,7 +15,13 @@ recipe = Recipe(
     model=Model("@source"),
     training={"num_train_epochs": 20, "per_device_train_batch_size": 16, "learning_rate": 5e-4, "warmup_ratio": 0.1},
     stages=[
-        Train("source", data=Data("digits", "source"), model=Model(config="vit", config_overrides=VIT), training={"num_train_epochs": 2, "learning_rate": 3e-3}, when_used=True),
+        Train(
+            "source",
+            data=Data("digits", "source"),
+            model=Model(config="vit", config_overrides=VIT),
+            training={"num_train_epochs": 2, "learning_rate": 3e-3},
+            when_used=True,
+        ),
         Train("finetune", seeds=3, compare=["majority"]),
         Merge("uniform_soup", "uniform_soup", models=["@finetune"], compare=["@finetune"]),
         Merge("greedy_soup", "greedy_soup", models=["@finetune"], compare=["@finetune"]),

@@ -1,0 +1,335 @@
+"""`kt-hf predict` and `kt-hf evaluate`: what a finished model says, without a recipe. A model is a folder (an adapter's or an
+ensemble's, too) or a Hub id.
+
+Shapes: N rows, C classes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+
+from kt_hf import ensembling, evaluation, launch, loading, registry, stages
+from kt_hf import recipe as grammar
+from kt_hf.bundle import Bundle
+from kt_hf.data import DataInfo, prepare, read
+from kt_hf.errors import Collector, DataError, RecipeError, nearest
+from kt_hf.functional import statistics
+from kt_hf.recipe import Data, Model
+from kt_hf.roles import find_roles, fitting_tasks
+from kt_hf.task import FACTS, Loaded, Task
+
+Table = dict[str, list[Any]]
+"""Columns by name, N rows each."""
+ARCHITECTURES = {
+    "ForImageClassification": "image-classification",
+    "ForSequenceClassification": "text-classification",
+    "ForCausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
+    "DualEncoderModel": "zero-shot-image-classification",
+    "CLIPModel": "zero-shot-image-classification",
+    "SiglipModel": "zero-shot-image-classification",
+    "Siglip2Model": "zero-shot-image-classification",
+}
+"""How the names of transformers' classes end -> task."""
+ADAPTERS = {"SEQ_CLS": "text-classification", "CAUSAL_LM": "text-generation"}
+IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+TABLES = (".parquet", ".csv", ".tsv", ".json", ".jsonl", ".arrow", ".txt")
+
+
+@dataclass
+class Predictor:
+    """One model, or the members of an ensemble with the rule that combines them."""
+
+    task: Task
+    members: list[Loaded]
+    combine: Any = None
+
+    def scores(self, info: DataInfo, split: str, batch_size: int = 64) -> dict[str, np.ndarray]:
+        """Predictions of a split, as the task's `predict` gives them."""
+        accelerator = _accelerator()
+        inner: Any = Bundle(self.members[0], self.task, {}) if self.combine is None else ensembling.EnsembleBundle(self.members, self.task, self.combine)
+        bundle = inner.to(accelerator.device).eval()
+        return evaluation.predict(bundle, bundle, accelerator, info, split, batch_size)
+
+
+def _accelerator() -> Any:
+    from accelerate import Accelerator
+
+    from kt_hf.runner import quiet_libraries
+
+    quiet_libraries()
+    return Accelerator()
+
+
+# --- which task --------------------------------------------------------------------------------------------------------
+
+
+def infer_task(model: str) -> str | None:
+    """The task that a model's own files name; None where they name none that is known."""
+    folder = Path(model)
+    if ensembling.is_ensemble(folder):
+        wanted = ensembling.describe(folder)["task"]
+        known = {e.target.rpartition(":")[2]: e.name for (kind, _), e in registry.entries().items() if kind == "task"}
+        return known.get(wanted, wanted if wanted in known.values() else None)
+    if (folder / "open_clip_config.json").is_file():
+        return "zero-shot-image-classification"
+    if (folder / loading.ADAPTER).is_file():
+        adapter = json.loads((folder / loading.ADAPTER).read_text())
+        return ADAPTERS.get(adapter.get("task_type")) or infer_task(adapter["base_model_name_or_path"])
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        inside = " (a stage's folder: name its model/ folder)" if (folder / "model").is_dir() else ""
+        raise RecipeError(f"'{model}' has no config.json{inside}", "name a model's folder or a Hub id")
+    names = loading.config_of(Model(path=model)).architectures or []
+    return next((task for name in names for end, task in ARCHITECTURES.items() if name.endswith(end)), None)
+
+
+def model_labels(model: str) -> list[str] | None:
+    """The class names that a model itself knows."""
+    folder = Path(model)
+    if ensembling.is_ensemble(folder):
+        return model_labels(str(ensembling.members(folder)[0][0]))
+    if (folder / loading.ADAPTER).is_file():
+        facts = json.loads((folder / FACTS).read_text()) if (folder / FACTS).is_file() else {}
+        return facts.get("labels")
+    if (folder / "open_clip_config.json").is_file():
+        return None
+    return loading.list_labels(loading.config_of(Model(path=model)))
+
+
+def load(model: str, task: Task, info: DataInfo) -> Predictor:
+    """The model or the ensemble's members. Refuses a model whose head would be new."""
+    folder = Path(model)
+    if ensembling.is_ensemble(folder):
+        paths, combine = ensembling.members(folder)
+        return Predictor(task, [task.load(Model(path=str(path)), info) for path in paths], combine)
+    loaded = task.load(Model(path=model), info)
+    if loaded.new_parameters:
+        names = ", ".join(loaded.new_parameters[:3])
+        raise RecipeError(f"model '{model}' has no trained head for this task ({names} are new)", "train it first, or name another --task")
+    return Predictor(task, [loaded])
+
+
+# --- predict -----------------------------------------------------------------------------------------------------------
+
+
+def predict(
+    model: str, inputs: Sequence[str], *, task: str | None = None, labels: list[str] | None = None, split: str | None = None, max_new_tokens: int = 64
+) -> Table:
+    """A row for each input: texts and image files are one row, data files and folders as many as they have.
+
+    Classes come with `prediction` and `probability`; generated texts with the geometric mean of their tokens' probabilities.
+    """
+    name = task or infer_task(model)
+    if name is None:
+        raise RecipeError(f"the files of '{model}' do not say for which task it is", f"set --task, one of {', '.join(registry.names('task'))}")
+    settled: Task = registry.load("task", name)()
+    rows, roles, shown = read_inputs(inputs, settled, split)
+    fixed = name in ("image-classification", "text-classification")
+    if fixed and labels:
+        raise RecipeError("--labels: this model has classes of its own", "leave --labels out")
+    classes = model_labels(model) if fixed else labels
+    info = DataInfo("inputs", {"test": rows}, roles, classes, f"inputs-{rows._fingerprint}")
+    if name == "text-generation":
+        return {"input": shown, **_generate(load(model, settled, info), rows, roles, max_new_tokens)}
+    if name.startswith("zero-shot") and not labels:
+        raise RecipeError("this model has to be told what to look for", "name the classes: --labels cat,dog,owl")
+    predictor = load(model, settled, info)
+    return {"input": shown, **_classes(predictor, predictor.scores(info, "test"))}
+
+
+def _classes(predictor: Predictor, found: dict[str, np.ndarray]) -> Table:
+    if "scores" not in found:
+        raise RecipeError(f"{type(predictor.task).__name__} does not predict classes", "use kt-hf evaluate")
+    names = predictor.members[0].labels or []
+    chances_NC = torch.from_numpy(found["scores"]).double().softmax(-1).numpy()
+    best_N = chances_NC.argmax(1)
+    return {"prediction": [names[i] for i in best_N], "probability": [float(p) for p in chances_NC.max(1)]}
+
+
+def _generate(predictor: Predictor, rows: datasets.Dataset, roles: dict[str, str], max_new_tokens: int) -> Table:
+    """Greedy continuations, one row at a time, so that no padding takes part."""
+    if predictor.combine is not None:
+        raise RecipeError("an ensemble of language models does not generate", "use kt-hf evaluate, or one of its members")
+    loaded, device = predictor.members[0], _accelerator().device
+    model: Any = loaded.model.to(device).eval()
+    said, chances = [], []
+    for row in rows:
+        given = next(row[role] for role in ("messages", "prompt", "text") if role in roles)
+        if isinstance(given, list):
+            ids = loaded.processor.apply_chat_template(given, add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]
+        else:
+            ids = loaded.processor(given, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            out = model.generate(
+                ids.to(device),
+                attention_mask=torch.ones_like(ids).to(device),
+                do_sample=False,
+                max_new_tokens=max_new_tokens,
+                pad_token_id=loaded.processor.pad_token_id,
+                return_dict_in_generate=True,
+                output_scores=True,
+            )
+        new = out.sequences[0, ids.shape[1] :]
+        logs = [float(s[0].float().log_softmax(-1)[t]) for s, t in zip(out.scores, new, strict=False)]
+        said.append(loaded.processor.decode(new, skip_special_tokens=True))
+        chances.append(float(np.exp(np.mean(logs))) if logs else 1.0)
+    return {"prediction": said, "probability": chances}
+
+
+def read_inputs(inputs: Sequence[str], task: Task, split: str | None) -> tuple[datasets.Dataset, dict[str, str], list[str]]:
+    """(rows with the task's role columns and `index`, role -> column, what is shown of each row)."""
+    tables = [item for item in inputs if Path(item).suffix.lower() in TABLES or Path(item).is_dir()]
+    missing = [item for item in inputs if Path(item).suffix.lower() in (*IMAGES, *TABLES) and " " not in item and not Path(item).exists()]
+    if missing:
+        raise DataError(f"there is no file '{missing[0]}'", "name an existing file, or a text")
+    if tables and len(inputs) > 1:
+        raise DataError(f"'{tables[0]}' and other inputs are given", "predict on one data file or folder at a time")
+    rows = _table(tables[0], split) if tables else _single(inputs, task)
+    roles = find_roles(rows.features, [r for r in task.roles if r.name != "label"], strict=True)
+    if not roles:
+        raise DataError(f"no column of {', '.join(rows.column_names)} is an input of {type(task).__name__}", "rename the column that is")
+    columns: dict[str, str] = {column: role for role, column in roles.items()}
+    rows = rows.select_columns(list(columns))
+    rows = rows.rename_columns({c: f"__{r}" for c, r in columns.items()}).rename_columns({f"__{r}": r for r in roles})
+    shown = list(inputs) if not tables else [f"{Path(tables[0]).name}[{i}]" for i in range(len(rows))]
+    text = next((r for r in ("text", "prompt") if r in roles), None)
+    if tables and text is not None and "image" not in roles:
+        shown = [str(value) for value in rows[text]]
+    return rows.add_column("index", np.arange(len(rows))), {role: role for role in roles}, shown
+
+
+def _table(path: str, split: str | None) -> datasets.Dataset:
+    found = read(Data(path))
+    if split is not None and split not in found:
+        raise DataError(f"'{path}' has no split '{split}'", nearest(split, found))
+    return found[split or ("test" if "test" in found else list(found)[-1])]
+
+
+def _single(inputs: Sequence[str], task: Task) -> datasets.Dataset:
+    """Texts or image files, by what the task reads."""
+    wanted = {r.name for r in task.roles if r.required} or {r.name for r in task.roles}
+    images = [Path(item).suffix.lower() in IMAGES and Path(item).is_file() for item in inputs]
+    if all(images):
+        return datasets.Dataset.from_dict({"image": list(inputs)}, features=datasets.Features({"image": datasets.Image()}))
+    if any(images) or "image" in wanted and "text" not in wanted or wanted == {"image"}:
+        odd = inputs[images.index(False)]
+        raise DataError(f"'{odd[:80]}' is no image file", f"name files that end in {', '.join(IMAGES[:3])}, or a data file or folder")
+    return datasets.Dataset.from_dict({"text": list(inputs)})
+
+
+# --- evaluate ----------------------------------------------------------------------------------------------------------
+
+
+def evaluate(model: str, data: str, settings: Sequence[str] = (), *, task: str | None = None) -> dict[str, Any]:
+    """Metrics of a model on a data set's test split (validation, where that has the labels), with 95 % intervals over examples.
+
+    settings: `data.KEY=VALUE`, as for a recipe.
+    """
+    stage, checked = _stage(model, data, settings, task)
+    name = grammar.named(stage.task)[0] if stage.task else infer_task(model)
+    if name is None:
+        fitting = fitting_tasks(next(iter(read(stage.data[1]).values())).features, stage.data[1].columns)
+        if len(fitting) != 1:
+            raise RecipeError("neither the model nor the data say which task it is", f"set --task, one of {', '.join(registry.names('task'))}")
+        name = fitting[0][0]
+    settled: Task = stages.build("task", stage.task or {name: {}}, stage, checked)
+    info = prepare(stage.data[0], stage.data[1], settled)
+    predictor = load(model, settled, info)
+    split = info.evaluation_split
+    found = predictor.scores(info, split)
+    if "label" in info.roles and "label" in found and not (found["label"] >= 0).any():
+        raise DataError(f"no row of {split} has a label", "evaluate on labelled data, or use kt-hf predict")
+    scores = settled.measure(found, predictor.members[0], info)
+    metrics = {metric: _with_interval(scores, metric, value, len(found["index"])) for metric, value in scores.metrics.items()}
+    return {
+        "model": model,
+        "task": name,
+        "data": {"path": info.path, "split": split, "num_examples": len(found["index"]), "fingerprint": info.fingerprint},
+        "primary_metric": settled.metric,
+        "metrics": metrics,
+    }
+
+
+def _stage(model: str, data: str, settings: Sequence[str], task: str | None) -> tuple[Any, dict[tuple[str, str], dict[str, Any]]]:
+    """An evaluate stage, checked as a recipe's would be."""
+    raw = grammar.normalise({"data": {"path": data}, "model": {"path": model}, "stages": [{"evaluate": "evaluate"}], **({"task": task} if task else {})})
+    collect = Collector()
+    for text in settings:
+        if not text.startswith(("data.", "task.")):
+            collect.add(f"cannot read the argument '{text}'", "settings are of the data or the task: data.columns.text=sentence")
+    collect.raise_if_any()
+    raw = launch.read_changes(argparse.Namespace(config=None, settings=list(settings)), raw, collect)
+    resolved = grammar.resolve(raw, collect)
+    collect.raise_if_any()
+    checked = grammar.check_plugins(resolved, collect)
+    collect.raise_if_any()
+    return resolved.stages[0], checked
+
+
+def _with_interval(scores: Any, metric: str, value: float, count: int) -> dict[str, float]:
+    if metric in scores.examples:
+        values_N, weights_N = scores.examples[metric]
+        replicates = statistics.ratios(values_N[None], None if weights_N is None else weights_N[None])
+    elif metric in scores.statistics:
+        replicates = statistics.resample([scores.statistics[metric]], count, replicates=500)
+    else:
+        return {"value": value}
+    _, low, high = statistics.bounds(replicates)
+    return {"value": value, "low": low, "high": high}
+
+
+def figures(found: dict[str, Any]) -> str:
+    """What a terminal shows of an evaluation."""
+    data = found["data"]
+    lines = [f"{found['task']} on {data['path']} ({data['num_examples']} rows of {data['split']})"]
+    width = max(len(metric) for metric in found["metrics"])
+    for metric, figure in sorted(found["metrics"].items(), key=lambda item: item[0] != found["primary_metric"]):
+        interval = f"  [{figure['low']:.4f}, {figure['high']:.4f}]" if "low" in figure else ""
+        lines.append(f"  {metric:{width}}  {figure['value']:.4f}{interval}")
+    return "\n".join([*lines, "  value [95 % interval over examples]"])
+
+
+# --- writing -----------------------------------------------------------------------------------------------------------
+
+
+def length(table: Table) -> int:
+    return len(next(iter(table.values())))
+
+
+def text(table: Table, width: int = 60) -> str:
+    """Columns side by side; long cells are cut."""
+    cells = [[_cell(value, width) for value in values] for values in table.values()]
+    widths = [max(len(name), *map(len, column)) for name, column in zip(table, cells, strict=True)]
+    head = "  ".join(f"{name:{w}}" for name, w in zip(table, widths, strict=True)).rstrip()
+    rows = ["  ".join(f"{cell:{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in zip(*cells, strict=True)]
+    return "\n".join([head, *rows])
+
+
+def _cell(value: Any, width: int) -> str:
+    shown = f"{value:.4f}" if isinstance(value, float) else " ".join(str(value).split())
+    return shown if len(shown) <= width else f"{shown[: width - 3]}..."
+
+
+def write(table: Table, path: str) -> None:
+    """Parquet, JSON lines or CSV, by the file's ending."""
+    writers = {".parquet": "to_parquet", ".jsonl": "to_json", ".csv": "to_csv"}
+    suffix = Path(path).suffix.lower()
+    if suffix not in writers:
+        raise RecipeError(f"--output: '{path}' ends in none of {', '.join(writers)}", "choose one of them")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    options = {"force_ascii": False} if suffix == ".jsonl" else {}
+    getattr(datasets.Dataset.from_dict(table), writers[suffix])(path, **options)
+
+
+def write_json(found: dict[str, Any], path: str) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps(found, indent=1), encoding="utf-8")
