@@ -81,7 +81,7 @@ def tensor_chunks(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | N
     for tensor in tensors.values():
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         if flat.numel():
-            yield memoryview(flat.view(torch.uint8).numpy())
+            yield memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def fsync_folder(folder: Path) -> None:

@@ -84,10 +84,8 @@ class Classification:
         self, train: dict[str, Any], predictions: dict[str, np.ndarray], loaded: Loaded, info: DataInfo
     ) -> Scores | None:
         """Always the most frequent training label (the first of equals)."""
-        counts = np.bincount(
-            [loaded.label_ids[y] for y in train["label"] if y is not None and y >= 0],
-            minlength=len(loaded.labels or []),
-        )  # type: ignore[index]
+        ids, count = loaded.label_ids or [], len(loaded.labels or [])
+        counts = np.bincount([ids[y] for y in train["label"] if y is not None and y >= 0], minlength=count)
         constant = np.zeros_like(predictions["scores"])
         constant[:, int(counts.argmax())] = 1
         return self.measure({**predictions, "scores": constant}, loaded, info)

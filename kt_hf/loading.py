@@ -105,7 +105,9 @@ def load_model(auto: Any, ref: Model, labels: list[str] | None = None, **changes
         names = [name for name, _ in model.named_parameters()]
         return Loaded(model, None, labels, _identity(labels), {"config": ref.config}, new_parameters=names)
 
-    what, names, ids, replace = f"model '{ref.path}'", labels, _identity(labels), False
+    what, replace = f"model '{ref.path}'", False
+    names: list[str] | None = labels
+    ids = _identity(labels)
     if labels is not None:
         if has_head(auto, config):
             names, ids, replace = match_labels(labels, list_labels(config), what, ref.replace_head)
@@ -240,7 +242,8 @@ def head_modules(model: nn.Module) -> list[str]:
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The transformers model inside of a peft wrapper."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    found: Any = model
+    return found.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def backbone_layers(model: nn.Module, root: nn.Module | None = None) -> list[list[str]]:

@@ -35,7 +35,7 @@ class _SklearnMetric(evaluate.Metric):
             else 0.0
         }
 
-    def score(self, references: np.ndarray, predictions: np.ndarray, **kwargs: Any) -> float:
+    def score(self, references: np.ndarray, predictions: np.ndarray, sample_weight: Any = None) -> float:
         raise NotImplementedError
 
 
@@ -80,7 +80,7 @@ def load(name: str) -> evaluate.EvaluationModule:
         return evaluate.load(name)
     except Exception as error:
         raise HubError(
-            f"metric '{name}' is none of ours ({', '.join(OWN)}), nor was it loaded from the Hub ({type(error).__name__})",
+            f"metric '{name}' is none of ours ({', '.join(OWN)}), nor did the Hub give it ({type(error).__name__})",
             "check its name and the network",
         ) from error
 

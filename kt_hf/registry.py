@@ -42,7 +42,7 @@ class Entry:
             return self.plugin
         module, _, attribute = self.target.partition(":")
         try:
-            plugin = functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
+            plugin: Any = functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
         except Exception as error:
             raise RecipeError(
                 f"{self.kind} '{self.name}' of package {self.distribution} cannot be imported: "
@@ -52,7 +52,7 @@ class Entry:
         version = getattr(plugin, "api_version", API_VERSION)
         if version != API_VERSION:
             raise RecipeError(
-                f"{self.kind} '{self.name}' of package {self.distribution} is for plugin API {version}, not {API_VERSION}",
+                f"{self.kind} '{self.name}' of {self.distribution} is for plugin API {version}, not {API_VERSION}",
                 f"install a release of {self.distribution} for API {API_VERSION}",
             )
         return plugin

@@ -49,7 +49,8 @@ class Context:
     def info(self, stage: Stage) -> data_module.DataInfo:
         """The stage's data, as its task sees them; read once per data set and task."""
         assert stage.data is not None
-        return self.named_info(*stage.data, task=self.task(stage))
+        name, data = stage.data
+        return self.named_info(name, data, self.task(stage))
 
     def named_info(self, name: str, data: Data, task: Any) -> data_module.DataInfo:
         key = (json.dumps(data.plain(), sort_keys=True, default=str), type(task).__name__)

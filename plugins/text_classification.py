@@ -35,8 +35,9 @@ class TextClassification(classification.Classification, Task):
         fresh = {} if ref.path or "vocab_size" in (ref.config_overrides or {}) else {"vocab_size": len(tokenizer)}
         loaded = loading.load_model(AutoModelForSequenceClassification, ref, info.labels, **fresh)
         loaded.processor = tokenizer
-        if loaded.model.config.pad_token_id is None:  # decoders find the last real token by it
-            loaded.model.config.pad_token_id = tokenizer.pad_token_id
+        config: Any = loaded.model.config
+        if config.pad_token_id is None:  # decoders find the last real token by it
+            config.pad_token_id = tokenizer.pad_token_id
         return loaded
 
     def preprocess(
