@@ -14,8 +14,8 @@ DESCRIPTION = "Knowledge transfer between models on the Hugging Face stack."
 EPILOG = "`kt-hf COMMAND --help` shows a command's options."
 
 
-def parser() -> argparse.ArgumentParser:
-    """All subcommands but the options of `run`, which are those of a recipe file."""
+def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser, and those of the subcommands by name. The options of `run` are those of a recipe file."""
     p = argparse.ArgumentParser(prog="kt-hf", description=DESCRIPTION, epilog=EPILOG, allow_abbrev=False)
     p.add_argument("--version", action="version", version=f"kt_hf {__version__}")
     commands = p.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -46,13 +46,19 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("inputs", nargs="+", metavar="INPUT", help="a text, an image file, a data file or a folder")
     one.add_argument("--task", help="default: as the model's configuration says")
     one.add_argument("--labels", metavar="A,B,...", help="class names, for models that are told what to look for")
-    one.add_argument("--split", choices=("train", "validation", "test"), help="of a data folder; default: test, else the last there is")
+    one.add_argument(
+        "--split",
+        choices=("train", "validation", "test"),
+        help="of a data folder; default: test, else the last there is",
+    )
     one.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="for text generation; default: 64")
     one.add_argument("--output", metavar="FILE", help="write .parquet, .jsonl or .csv instead of a table")
     one = add("evaluate", "measure a model or an ensemble on labelled data")
     one.add_argument("model", metavar="MODEL", help="folder or Hub id")
     one.add_argument("data", metavar="DATA", help="folder, file, Hub id or `digits`")
-    one.add_argument("settings", nargs="*", metavar="data.KEY=VALUE", help="settings of the data, such as data.columns.text=sentence")
+    one.add_argument(
+        "settings", nargs="*", metavar="data.KEY=VALUE", help="settings of the data, such as data.columns.text=sentence"
+    )
     one.add_argument("--task", help="default: as the model's configuration says")
     one.add_argument("--output", metavar="FILE", help="also write the figures as JSON")
     one = add("push", "publish a stage's model to the Hub")
@@ -61,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--private", action="store_true", help="make a new repository private")
     one.add_argument("--revision", metavar="BRANCH", help="default: main")
     one.add_argument("--token-file", metavar="FILE", help="file with the token; default: HF_TOKEN or the stored login")
-    return p
+    return p, commands.choices
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,13 +78,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             run(given[1:])
             code = 0
         else:
-            options = parser().parse_intermixed_args(given) if given[:1] in (["evaluate"], ["check-plugin"]) else parser().parse_args(given)
-            code = _guarded(options)
+            code = _guarded(_parse(given))
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has seen enough, as in `kt-hf list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
     return code
+
+
+def _parse(given: list[str]) -> argparse.Namespace:
+    p, commands = parsers()
+    if given and given[0] in ("evaluate", "check-plugin"):  # options may stand between their settings
+        return commands[given[0]].parse_intermixed_args(given[1:], argparse.Namespace(command=given[0]))
+    return p.parse_args(given)
 
 
 def _guarded(options: argparse.Namespace) -> int:
@@ -203,7 +215,10 @@ def check_plugin(options: argparse.Namespace) -> int:
     collect.raise_if_any()
     entries = _named(options.name)
     if len(entries) > 1:
-        raise RecipeError(f"several plugins are called '{options.name}'", f"say which: {', '.join(f'{e.kind}:{e.name}' for e in entries)}")
+        raise RecipeError(
+            f"several plugins are called '{options.name}'",
+            f"say which: {', '.join(f'{e.kind}:{e.name}' for e in entries)}",
+        )
     entry = entries[0]
     found = testing.examine(entry.kind, entry.name, task=options.task, thorough=options.thorough, **given)
     print(f"{entry.kind} '{entry.name}' of {entry.distribution}")
@@ -235,7 +250,12 @@ def predict(options: argparse.Namespace) -> int:
 
     labels = [label.strip() for label in options.labels.split(",")] if options.labels else None
     table = inference.predict(
-        options.model, options.inputs, task=options.task, labels=labels, split=options.split, max_new_tokens=options.max_new_tokens
+        options.model,
+        options.inputs,
+        task=options.task,
+        labels=labels,
+        split=options.split,
+        max_new_tokens=options.max_new_tokens,
     )
     if options.output:
         inference.write(table, options.output)
@@ -266,9 +286,14 @@ def push(options: argparse.Namespace) -> int:
         try:
             token = Path(options.token_file).read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"cannot read the token file '{options.token_file}': {type(error).__name__}", "name a text file that holds the token alone") from error
+            raise RecipeError(
+                f"cannot read the token file '{options.token_file}': {type(error).__name__}",
+                "name a text file that holds the token alone",
+            ) from error
         if not token:
-            raise RecipeError(f"the token file '{options.token_file}' is empty", "name a text file that holds the token alone")
+            raise RecipeError(
+                f"the token file '{options.token_file}' is empty", "name a text file that holds the token alone"
+            )
     commit = hub.push(options.folder, options.repo, revision=options.revision, private=options.private, token=token)
     print(commit.url if commit.created else f"{commit.url} (nothing had changed)")
     return 0

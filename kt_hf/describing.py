@@ -33,7 +33,10 @@ SCOPES = {
 def describe(entry: Entry) -> str:
     """Name, purpose, settings, paper and composition."""
     cls = entry.load()
-    parts = [f"{entry.name} ({entry.kind}) of {entry.distribution}", textwrap.indent(inspect.getdoc(cls) or "(no description)", "  ")]
+    parts = [
+        f"{entry.name} ({entry.kind}) of {entry.distribution}",
+        textwrap.indent(inspect.getdoc(cls) or "(no description)", "  "),
+    ]
     parts.append(_settings(cls))
     if getattr(cls, "paper", ""):
         parts.append(f"paper:\n{textwrap.indent(textwrap.fill(cls.paper, 110), '  ')}")  # type: ignore[attr-defined]
@@ -54,7 +57,11 @@ def _settings(cls: type) -> str:
 
 
 def _plain(value: Any) -> str:
-    return {None: "null", True: "true", False: "false"}.get(value, str(value)) if value is None or isinstance(value, bool) else repr(value)
+    return (
+        {None: "null", True: "true", False: "false"}.get(value, str(value))
+        if value is None or isinstance(value, bool)
+        else repr(value)
+    )
 
 
 def _strategy(cls: Any) -> list[str]:
@@ -87,7 +94,10 @@ def _ensemble(cls: Any) -> list[str]:
 
 def _task(cls: Any) -> list[str]:
     roles = [f"{r.name} ({', '.join(r.kinds)}{'' if r.required else ', optional'})" for r in cls.roles]
-    lines = [f"columns: {'; '.join(roles)}", f"counts {cls.unit}s; decides by {cls.metric if isinstance(cls.metric, str) else 'its own metric'}"]
+    lines = [
+        f"columns: {'; '.join(roles)}",
+        f"counts {cls.unit}s; decides by {cls.metric if isinstance(cls.metric, str) else 'its own metric'}",
+    ]
     if not cls.has_loss:
         lines.append("has no loss of its own: needs a strategy that adds an objective")
     return lines

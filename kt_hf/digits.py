@@ -28,13 +28,14 @@ VIT: dict[str, Any] = {
     "patch_size": 4,
     "initializer_range": 0.1,
 }
-"""Configuration of a small vision transformer for 8x8 pixels; the wide initialisation lets it learn in a hundred steps."""
+"""A small vision transformer for 8x8 pixels; the wide initialisation lets it learn in a hundred steps."""
 BERT: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 128,
     "num_attention_heads": 4,
     "num_hidden_layers": 2,
     "max_position_embeddings": 32,
+    "initializer_range": 0.1,
 }
 """Configuration of a small text encoder for captions."""
 

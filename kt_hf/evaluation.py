@@ -25,7 +25,8 @@ def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
 def predict(bundle: Any, inner: Any, accelerator: Any, info: DataInfo, split: str, batch_size: int, workers: int = 0, mode: str = "predict") -> dict[str, np.ndarray]:
     """Predictions on a split, sorted by `index`, equal on every process. `bundle` is the wrapped module, `inner` the bundle."""
     task, loaded = inner.task, inner.loaded
-    rows = Rows(info, split, task, loaded)
+    with accelerator.main_process_first():  # the others find what it has preprocessed
+        rows = Rows(info, split, task, loaded)
     batches = evaluation_batches(len(rows), batch_size, accelerator.num_processes, accelerator.process_index)
     inner.begin_evaluation()
     was_training = inner.training

@@ -61,7 +61,8 @@ class Feed:
                     self.sources.update(self._extra(owner, name, stream))
 
     def _rows(self, info: DataInfo, augment: Any, seed: int) -> Rows:
-        return Rows(info, "train", self.run.task, self.run.loaded, transforms(augment), seed, train=True)
+        with self.run.accelerator.main_process_first():  # the others find what it has preprocessed
+            return Rows(info, "train", self.run.task, self.run.loaded, transforms(augment), seed, train=True)
 
     def _extra(self, owner: str, name: str, stream: Stream) -> dict[str, _Source]:
         """The sources of an extra stream: as many as it has views, each with draws of its own."""

@@ -56,7 +56,11 @@ class Predictor:
     def scores(self, info: DataInfo, split: str, batch_size: int = 64) -> dict[str, np.ndarray]:
         """Predictions of a split, as the task's `predict` gives them."""
         accelerator = _accelerator()
-        inner: Any = Bundle(self.members[0], self.task, {}) if self.combine is None else ensembling.EnsembleBundle(self.members, self.task, self.combine)
+        inner: Any = (
+            Bundle(self.members[0], self.task, {})
+            if self.combine is None
+            else ensembling.EnsembleBundle(self.members, self.task, self.combine)
+        )
         bundle = inner.to(accelerator.device).eval()
         return evaluation.predict(bundle, bundle, accelerator, info, split, batch_size)
 
@@ -114,7 +118,10 @@ def load(model: str, task: Task, info: DataInfo) -> Predictor:
     loaded = task.load(Model(path=model), info)
     if loaded.new_parameters:
         names = ", ".join(loaded.new_parameters[:3])
-        raise RecipeError(f"model '{model}' has no trained head for this task ({names} are new)", "train it first, or name another --task")
+        raise RecipeError(
+            f"model '{model}' has no trained head for this task ({names} are new)",
+            "train it first, or name another --task",
+        )
     return Predictor(task, [loaded])
 
 
@@ -122,7 +129,13 @@ def load(model: str, task: Task, info: DataInfo) -> Predictor:
 
 
 def predict(
-    model: str, inputs: Sequence[str], *, task: str | None = None, labels: list[str] | None = None, split: str | None = None, max_new_tokens: int = 64
+    model: str,
+    inputs: Sequence[str],
+    *,
+    task: str | None = None,
+    labels: list[str] | None = None,
+    split: str | None = None,
+    max_new_tokens: int = 64,
 ) -> Table:
     """A row for each input: texts and image files are one row, data files and folders as many as they have.
 
@@ -130,7 +143,10 @@ def predict(
     """
     name = task or infer_task(model)
     if name is None:
-        raise RecipeError(f"the files of '{model}' do not say for which task it is", f"set --task, one of {', '.join(registry.names('task'))}")
+        raise RecipeError(
+            f"the files of '{model}' do not say for which task it is",
+            f"set --task, one of {', '.join(registry.names('task'))}",
+        )
     settled: Task = registry.load("task", name)()
     rows, roles, shown = read_inputs(inputs, settled, split)
     fixed = name in ("image-classification", "text-classification")
@@ -158,14 +174,18 @@ def _classes(predictor: Predictor, found: dict[str, np.ndarray]) -> Table:
 def _generate(predictor: Predictor, rows: datasets.Dataset, roles: dict[str, str], max_new_tokens: int) -> Table:
     """Greedy continuations, one row at a time, so that no padding takes part."""
     if predictor.combine is not None:
-        raise RecipeError("an ensemble of language models does not generate", "use kt-hf evaluate, or one of its members")
+        raise RecipeError(
+            "an ensemble of language models does not generate", "use kt-hf evaluate, or one of its members"
+        )
     loaded, device = predictor.members[0], _accelerator().device
     model: Any = loaded.model.to(device).eval()
     said, chances = [], []
     for row in rows:
         given = next(row[role] for role in ("messages", "prompt", "text") if role in roles)
         if isinstance(given, list):
-            ids = loaded.processor.apply_chat_template(given, add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]
+            ids = loaded.processor.apply_chat_template(
+                given, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )["input_ids"]
         else:
             ids = loaded.processor(given, return_tensors="pt")["input_ids"]
         with torch.no_grad():
@@ -185,10 +205,16 @@ def _generate(predictor: Predictor, rows: datasets.Dataset, roles: dict[str, str
     return {"prediction": said, "probability": chances}
 
 
-def read_inputs(inputs: Sequence[str], task: Task, split: str | None) -> tuple[datasets.Dataset, dict[str, str], list[str]]:
+def read_inputs(
+    inputs: Sequence[str], task: Task, split: str | None
+) -> tuple[datasets.Dataset, dict[str, str], list[str]]:
     """(rows with the task's role columns and `index`, role -> column, what is shown of each row)."""
     tables = [item for item in inputs if Path(item).suffix.lower() in TABLES or Path(item).is_dir()]
-    missing = [item for item in inputs if Path(item).suffix.lower() in (*IMAGES, *TABLES) and " " not in item and not Path(item).exists()]
+    missing = [
+        item
+        for item in inputs
+        if Path(item).suffix.lower() in (*IMAGES, *TABLES) and " " not in item and not Path(item).exists()
+    ]
     if missing:
         raise DataError(f"there is no file '{missing[0]}'", "name an existing file, or a text")
     if tables and len(inputs) > 1:
@@ -196,7 +222,10 @@ def read_inputs(inputs: Sequence[str], task: Task, split: str | None) -> tuple[d
     rows = _table(tables[0], split) if tables else _single(inputs, task)
     roles = find_roles(rows.features, [r for r in task.roles if r.name != "label"], strict=True)
     if not roles:
-        raise DataError(f"no column of {', '.join(rows.column_names)} is an input of {type(task).__name__}", "rename the column that is")
+        raise DataError(
+            f"no column of {', '.join(rows.column_names)} is an input of {type(task).__name__}",
+            "rename the column that is",
+        )
     columns: dict[str, str] = {column: role for role, column in roles.items()}
     rows = rows.select_columns(list(columns))
     rows = rows.rename_columns({c: f"__{r}" for c, r in columns.items()}).rename_columns({f"__{r}": r for r in roles})
@@ -219,10 +248,15 @@ def _single(inputs: Sequence[str], task: Task) -> datasets.Dataset:
     wanted = {r.name for r in task.roles if r.required} or {r.name for r in task.roles}
     images = [Path(item).suffix.lower() in IMAGES and Path(item).is_file() for item in inputs]
     if all(images):
-        return datasets.Dataset.from_dict({"image": list(inputs)}, features=datasets.Features({"image": datasets.Image()}))
-    if any(images) or "image" in wanted and "text" not in wanted or wanted == {"image"}:
+        return datasets.Dataset.from_dict(
+            {"image": list(inputs)}, features=datasets.Features({"image": datasets.Image()})
+        )
+    if any(images) or ("image" in wanted and "text" not in wanted) or wanted == {"image"}:
         odd = inputs[images.index(False)]
-        raise DataError(f"'{odd[:80]}' is no image file", f"name files that end in {', '.join(IMAGES[:3])}, or a data file or folder")
+        raise DataError(
+            f"'{odd[:80]}' is no image file",
+            f"name files that end in {', '.join(IMAGES[:3])}, or a data file or folder",
+        )
     return datasets.Dataset.from_dict({"text": list(inputs)})
 
 
@@ -239,7 +273,10 @@ def evaluate(model: str, data: str, settings: Sequence[str] = (), *, task: str |
     if name is None:
         fitting = fitting_tasks(next(iter(read(stage.data[1]).values())).features, stage.data[1].columns)
         if len(fitting) != 1:
-            raise RecipeError("neither the model nor the data say which task it is", f"set --task, one of {', '.join(registry.names('task'))}")
+            raise RecipeError(
+                "neither the model nor the data say which task it is",
+                f"set --task, one of {', '.join(registry.names('task'))}",
+            )
         name = fitting[0][0]
     settled: Task = stages.build("task", stage.task or {name: {}}, stage, checked)
     info = prepare(stage.data[0], stage.data[1], settled)
@@ -249,23 +286,41 @@ def evaluate(model: str, data: str, settings: Sequence[str] = (), *, task: str |
     if "label" in info.roles and "label" in found and not (found["label"] >= 0).any():
         raise DataError(f"no row of {split} has a label", "evaluate on labelled data, or use kt-hf predict")
     scores = settled.measure(found, predictor.members[0], info)
-    metrics = {metric: _with_interval(scores, metric, value, len(found["index"])) for metric, value in scores.metrics.items()}
+    metrics = {
+        metric: _with_interval(scores, metric, value, len(found["index"])) for metric, value in scores.metrics.items()
+    }
     return {
         "model": model,
         "task": name,
-        "data": {"path": info.path, "split": split, "num_examples": len(found["index"]), "fingerprint": info.fingerprint},
+        "data": {
+            "path": info.path,
+            "split": split,
+            "num_examples": len(found["index"]),
+            "fingerprint": info.fingerprint,
+        },
         "primary_metric": settled.metric,
         "metrics": metrics,
     }
 
 
-def _stage(model: str, data: str, settings: Sequence[str], task: str | None) -> tuple[Any, dict[tuple[str, str], dict[str, Any]]]:
+def _stage(
+    model: str, data: str, settings: Sequence[str], task: str | None
+) -> tuple[Any, dict[tuple[str, str], dict[str, Any]]]:
     """An evaluate stage, checked as a recipe's would be."""
-    raw = grammar.normalise({"data": {"path": data}, "model": {"path": model}, "stages": [{"evaluate": "evaluate"}], **({"task": task} if task else {})})
+    raw = grammar.normalise(
+        {
+            "data": {"path": data},
+            "model": {"path": model},
+            "stages": [{"evaluate": "evaluate"}],
+            **({"task": task} if task else {}),
+        }
+    )
     collect = Collector()
     for text in settings:
         if not text.startswith(("data.", "task.")):
-            collect.add(f"cannot read the argument '{text}'", "settings are of the data or the task: data.columns.text=sentence")
+            collect.add(
+                f"cannot read the argument '{text}'", "settings are of the data or the task: data.columns.text=sentence"
+            )
     collect.raise_if_any()
     raw = launch.read_changes(argparse.Namespace(config=None, settings=list(settings)), raw, collect)
     resolved = grammar.resolve(raw, collect)
@@ -310,7 +365,10 @@ def text(table: Table, width: int = 60) -> str:
     cells = [[_cell(value, width) for value in values] for values in table.values()]
     widths = [max(len(name), *map(len, column)) for name, column in zip(table, cells, strict=True)]
     head = "  ".join(f"{name:{w}}" for name, w in zip(table, widths, strict=True)).rstrip()
-    rows = ["  ".join(f"{cell:{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in zip(*cells, strict=True)]
+    rows = [
+        "  ".join(f"{cell:{w}}" for cell, w in zip(row, widths, strict=True)).rstrip()
+        for row in zip(*cells, strict=True)
+    ]
     return "\n".join([head, *rows])
 
 

@@ -102,11 +102,11 @@ def load_model(auto: Any, ref: Model, labels: list[str] | None = None, **changes
             config.id2label, config.label2id = _label_maps(labels)
         with loading(f"model.config '{ref.config}'"):
             model = auto.from_config(config, dtype=None if ref.dtype == "auto" else dtype_of(ref))
-        names = [name for name, _ in model.named_parameters()]
-        return Loaded(model, None, labels, _identity(labels), {"config": ref.config}, new_parameters=names)
+        new = [name for name, _ in model.named_parameters()]
+        return Loaded(model, None, labels, _identity(labels), {"config": ref.config}, new_parameters=new)
 
     what, replace = f"model '{ref.path}'", False
-    names: list[str] | None = labels
+    names = labels
     ids = _identity(labels)
     if labels is not None:
         if has_head(auto, config):

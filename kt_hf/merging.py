@@ -124,19 +124,15 @@ class MergeRun:
         return a >= b if self.higher_is_better else a <= b
 
 
-def load_mean(model: nn.Module, parents: Parents, weights_M: Sequence[float]) -> None:
-    """Put the weighted mean of the parents into a model of their kind."""
-    state = model.state_dict()
-    used = [i for i, w in enumerate(weights_M) if w]
-    with torch.no_grad():
-        for name in parents.names():
-            if name in state:
-                tensors = parents.tensors(name)
-                state[name].copy_(_mean([tensors[i] for i in used], [weights_M[i] for i in used]))
+class WeightedMean(MergeMethod):
+    """The weighted mean of the parents, for scoring candidates. Parents of weight 0 are left out exactly."""
 
+    def __init__(self, weights_M: Sequence[float]):
+        self.weights_M = weights_M
 
-def _mean(tensors: list[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
-    return weighted_mean(tensors, weights) if tensors[0].is_floating_point() else tensors[0]
+    def tensor(self, name: str, tensors_M: list[torch.Tensor], base: torch.Tensor | None, stats: Any) -> torch.Tensor:
+        used = [(t, w) for t, w in zip(tensors_M, self.weights_M, strict=True) if w]
+        return weighted_mean([t for t, _ in used], [w for _, w in used])
 
 
 def merge(method: MergeMethod, parents: Parents, base: Parents | None, folder: Path) -> None:

@@ -99,7 +99,13 @@ def _mute() -> None:
 def _in_new_process(entry: Entry) -> str:
     code = "import json, sys; from kt_hf import probing, registry; e = registry.find(*sys.argv[1:3]); print('\\n' + json.dumps(probing.problem(e)))"
     try:
-        done = subprocess.run([sys.executable, "-c", code, entry.kind, entry.name], capture_output=True, text=True, timeout=TIMEOUT, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", code, entry.kind, entry.name],
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT,
+            check=False,
+        )
     except subprocess.TimeoutExpired:
         return f"importing it takes longer than {TIMEOUT} s"
     if done.returncode:

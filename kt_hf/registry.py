@@ -43,7 +43,7 @@ class Entry:
         module, _, attribute = self.target.partition(":")
         try:
             plugin: Any = functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a module that ends the process is broken, too
             raise RecipeError(
                 f"{self.kind} '{self.name}' of package {self.distribution} cannot be imported: "
                 f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",

@@ -144,7 +144,10 @@ def check_name(name: str) -> str:
     """The module's name. Raises `RecipeError` for what cannot be a package, or is one already."""
     module = name.replace("-", "_")
     if not _NAME.fullmatch(name) or len(name) > 64:
-        raise RecipeError(f"'{name}' is no name for a plugin", "use lower-case letters and digits, with single '-' or '_' between, such as my-strategy")
+        raise RecipeError(
+            f"'{name}' is no name for a plugin",
+            "use lower-case letters and digits, with single '-' or '_' between, such as my-strategy",
+        )
     if keyword.iskeyword(module) or module in sys.stdlib_module_names or importlib.util.find_spec(module) is not None:
         raise RecipeError(f"a module '{module}' exists already", "choose another name")
     taken = registry.entries().get(("strategy", name))

@@ -298,10 +298,16 @@ def _merge(context: Context, stage: Merge, seed: int, folder: Path) -> dict[str,
         parents.check_finite()
 
         def score(weights: list[float]) -> float:
-            merging.load_mean(loaded.model, parents, weights)
-            _refresh_statistics(context, stage, loaded)
-            found = _predict(context, task, loaded, loaded.model, info, "validation")
-            return task.measure(found, loaded, info).metrics[task.metric]
+            # through a folder and the task's own loading: tensors in a file may have other names than in the model
+            candidate = folder / ".candidate"
+            if accelerator.is_main_process:
+                shutil.rmtree(candidate, ignore_errors=True)
+                merging.merge(merging.WeightedMean(weights), parents, None, candidate)
+            accelerator.wait_for_everyone()
+            soup = task.load(Model(path=str(candidate)), info)
+            _refresh_statistics(context, stage, soup)
+            found = _predict(context, task, soup, soup.model, info, "validation")
+            return task.measure(found, soup, info).metrics[task.metric]
 
         if method.needs_validation and "validation" not in info.splits:
             raise RecipeError(
@@ -310,7 +316,9 @@ def _merge(context: Context, stage: Merge, seed: int, folder: Path) -> dict[str,
             )
         merge_run = merging.MergeRun(len(models), names, task.greater_is_better, score)
         method.fit(merge_run)
+        accelerator.wait_for_everyone()
         if accelerator.is_main_process:
+            shutil.rmtree(folder / ".candidate", ignore_errors=True)
             with merging.Parents([Path(str(base.path))], ["base"]) if base is not None else _none() as base_parents:
                 merging.merge(method, parents, base_parents, folder / "model")
     accelerator.wait_for_everyone()

@@ -83,7 +83,7 @@ class Task:
     """Other metrics of which lower is better."""
     cache_rows: ClassVar[bool] = True
     """Whether preprocessed rows are kept on disk (text) or made on the fly (images)."""
-    random_rows: ClassVar[bool] = False
+    random_rows: bool = False
     """Whether training rows are preprocessed anew in every epoch, because `preprocess` draws (a caption out of
     several)."""
 

@@ -9,6 +9,7 @@ import logging
 import math
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
@@ -122,7 +123,9 @@ class Trainer:
             handler = self.accelerator.ddp_handler or DistributedDataParallelKwargs(broadcast_buffers=False)
             handler.find_unused_parameters = self.misses_parameters()
             self.accelerator.ddp_handler = handler
-        self.wrapped = self.accelerator.prepare_model(self.bundle)
+        with warnings.catch_warnings():  # torch renames the flag by which DDP is told to leave buffers alone
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
+            self.wrapped = self.accelerator.prepare_model(self.bundle)
 
     def misses_parameters(self) -> bool:
         """Whether the first loss does not reach some trainable parameter, on any rank."""

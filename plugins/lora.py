@@ -73,7 +73,9 @@ class Lora(Strategy):
 
 def _default_targets(model: nn.Module, head: list[str]) -> list[str]:
     """Names of the linear layers outside of the head; of the convolutions where there are none."""
-    outside = [(n, m) for n, m in model.named_modules() if not any(n == h or n.startswith(f"{h}.") for h in head)]
+    # PyTorch's own attention reads the weights of its projection directly: an adapter there would have no effect.
+    without = [*head, *(n for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention))]
+    outside = [(n, m) for n, m in model.named_modules() if not any(n == h or n.startswith(f"{h}.") for h in without)]
     output = getattr(model, "get_output_embeddings", lambda: None)()
     for kind in (nn.Linear, nn.Conv2d):
         names = [n for n, m in outside if isinstance(m, kind) and m is not output and getattr(m, "groups", 1) == 1]

@@ -93,7 +93,7 @@ class ZeroShotImageClassification(classification.Classification, Task):
             several = isinstance(first, list)
         else:
             several = len(self.templates) > 1
-        self.random_rows = several and self.captions == "random"  # type: ignore[misc]
+        self.random_rows = several and self.captions == "random"
 
     def _texts(self, info: Any) -> Any:
         yield from info.texts()

@@ -19,7 +19,9 @@ HEAVY = ("torch", "pydantic", "yaml", "numpy", "transformers", "datasets", "acce
 
 def kt_hf(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "kt_hf.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env={**os.environ, **environment})
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, check=False, env={**os.environ, **environment}
+    )
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
@@ -42,7 +44,14 @@ def test_what_starts_without_heavy_libraries(arguments: list[str]):
 
 def test_import_of_the_package_is_cheap():
     code = f"import sys, kt_hf; print([m for m in {(*HEAVY, 'importlib.metadata', 'argparse')!r} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, timeout=60, check=True, cwd=Path(cli.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+        cwd=Path(cli.__file__).parents[1],
+    )
     assert done.stdout.strip() == "[]"
 
 
@@ -77,7 +86,12 @@ def test_show_gives_settings_defaults_and_composition(name: str, capsys: pytest.
 
 def test_unknown_names_get_the_nearest(capsys: pytest.CaptureFixture[str]):
     code, said = fails(capsys, "show", "destill")
-    assert code == 2 and "there is no plugin called 'destill'" in said and "did you mean 'distill'" in said and "Traceback" not in said
+    assert (
+        code == 2
+        and "there is no plugin called 'destill'" in said
+        and "did you mean 'distill'" in said
+        and "Traceback" not in said
+    )
 
 
 def test_unknown_commands_and_options_are_usage_errors(capsys: pytest.CaptureFixture[str]):
@@ -99,7 +113,9 @@ def test_unknown_commands_and_options_are_usage_errors(capsys: pytest.CaptureFix
         (["check-plugin", "finetune", "nonsense"], 2, "nonsense"),
     ],
 )
-def test_mistakes_are_one_line_of_cause_and_one_of_remedy(arguments: list[str], code: int | None, said: str, capsys: pytest.CaptureFixture[str]):
+def test_mistakes_are_one_line_of_cause_and_one_of_remedy(
+    arguments: list[str], code: int | None, said: str, capsys: pytest.CaptureFixture[str]
+):
     found, text = fails(capsys, *arguments)
     assert found in ((code,) if code else (2, 4)) and said in text and "Traceback" not in text
     if "usage:" not in text:
@@ -117,7 +133,9 @@ def test_a_closed_pipe_is_no_failure_to_talk_about():
     assert done.stderr == "" and done.returncode in (0, 141)
 
 
-def test_push_takes_its_token_from_a_file_and_never_says_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_push_takes_its_token_from_a_file_and_never_says_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     from kt_hf import hub
 
     given: dict[str, Any] = {}
@@ -128,8 +146,19 @@ def test_push_takes_its_token_from_a_file_and_never_says_it(monkeypatch: pytest.
 
     monkeypatch.setattr(hub, "push", push)
     (tmp_path / "token").write_text("a-secret-token\n")
-    assert cli.main(["push", "stage", "me/model", "--private", "--revision", "dev", "--token-file", str(tmp_path / "token")]) == 0
-    assert given == {"folder": "stage", "repo": "me/model", "private": True, "revision": "dev", "token": "a-secret-token"}
+    assert (
+        cli.main(
+            ["push", "stage", "me/model", "--private", "--revision", "dev", "--token-file", str(tmp_path / "token")]
+        )
+        == 0
+    )
+    assert given == {
+        "folder": "stage",
+        "repo": "me/model",
+        "private": True,
+        "revision": "dev",
+        "token": "a-secret-token",
+    }
     captured = capsys.readouterr()
     assert "a-secret-token" not in captured.out + captured.err and "https://hub/me/model" in captured.out
     assert fails(capsys, "push", "stage", "me/model", "--token", "a-secret-token")[0] == 2
@@ -141,17 +170,33 @@ def test_run_goes_through_the_recipe_launcher(monkeypatch: pytest.MonkeyPatch, t
     seen: list[Any] = []
     monkeypatch.setattr(launch, "execute", lambda recipe, options, name: seen.append((recipe, options, name)))
     (tmp_path / "mine.yaml").write_text("stages:\n- train: a\n")
-    assert cli.main(["run", str(tmp_path / "mine.yaml"), "training.max_steps=3", "--output-dir", "out", "data.path=x"]) == 0
+    assert (
+        cli.main(["run", str(tmp_path / "mine.yaml"), "training.max_steps=3", "--output-dir", "out", "data.path=x"])
+        == 0
+    )
     recipe, options, name = seen[0]
     assert recipe == {"stages": [{"train": "a"}]} and name == "mine"
     assert options.settings == ["training.max_steps=3", "data.path=x"] and options.output_dir == "out"
 
 
 def test_run_prints_the_plan_of_a_yaml_recipe(tmp_path: Path):
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
-    recipe = {"data": {"path": "digits"}, "model": {"config": "vit", "config_overrides": sizes}, "stages": [{"train": "mine"}]}
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 8,
+        "patch_size": 4,
+    }
+    recipe = {
+        "data": {"path": "digits"},
+        "model": {"config": "vit", "config_overrides": sizes},
+        "stages": [{"train": "mine"}],
+    }
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
-    done = kt_hf("run", str(tmp_path / "recipe.yaml"), "training.max_steps=3", "--print", "--output-dir", str(tmp_path / "out"))
+    done = kt_hf(
+        "run", str(tmp_path / "recipe.yaml"), "training.max_steps=3", "--print", "--output-dir", str(tmp_path / "out")
+    )
     assert done.returncode == 0, done.stderr[-500:]
     assert "train mine" in done.stdout and "max_steps: 3" in done.stdout and not (tmp_path / "out").exists()
 
@@ -159,7 +204,9 @@ def test_run_prints_the_plan_of_a_yaml_recipe(tmp_path: Path):
 def test_predict_writes_a_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     from kt_hf import inference
 
-    monkeypatch.setattr(inference, "predict", lambda *a, **k: {"input": ["x"], "prediction": ["cat"], "probability": [0.75]})
+    monkeypatch.setattr(
+        inference, "predict", lambda *a, **k: {"input": ["x"], "prediction": ["cat"], "probability": [0.75]}
+    )
     assert cli.main(["predict", "model", "x"]) == 0
     assert capsys.readouterr().out.splitlines() == ["input  prediction  probability", "x      cat         0.7500"]
     assert cli.main(["predict", "model", "x", "--output", str(tmp_path / "a.jsonl")]) == 0

@@ -87,7 +87,9 @@ def test_ensembles_predict_the_mean_of_their_members(made: Path, tmp_path: Path)
     assert inference.infer_task(str(tmp_path / "both")) == "text-classification"
     alone = [inference.predict(m, texts) for m in members]
     assert found["probability"] != alone[0]["probability"]
-    assert all(p <= max(a, b) + 1e-6 for p, a, b in zip(found["probability"], *(t["probability"] for t in alone), strict=True))
+    assert all(
+        p <= max(a, b) + 1e-6 for p, a, b in zip(found["probability"], *(t["probability"] for t in alone), strict=True)
+    )
 
 
 def test_generation_continues_a_prompt(made: Path):
@@ -118,7 +120,9 @@ def test_evaluation_recounts_the_predictions(made: Path):
 def test_evaluation_takes_settings_of_the_data(made: Path, tmp_path: Path):
     rows = Dataset.from_parquet(str(made / "text-classification" / "data" / "test.parquet"))
     rows.rename_columns({"text": "first", "label": "second"}).to_csv(str(tmp_path / "test.csv"))
-    found = inference.evaluate(model(made, "text-classification"), str(tmp_path), ["data.columns.text=first", "data.columns.label=second"])
+    found = inference.evaluate(
+        model(made, "text-classification"), str(tmp_path), ["data.columns.text=first", "data.columns.label=second"]
+    )
     assert found["task"] == "text-classification"
     with pytest.raises(RecipeError, match="columms"):
         inference.evaluate(model(made, "text-classification"), str(tmp_path), ["data.columms.text=first"])
@@ -130,7 +134,9 @@ def test_a_model_without_a_head_is_refused(made: Path, tmp_path: Path):
     folder = Path(model(made, "image-classification"))
     config = json.loads((folder / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["ViTModel"]}))
-    state = {k.removeprefix("vit."): v for k, v in load_file(folder / "model.safetensors").items() if k.startswith("vit.")}
+    state = {
+        k.removeprefix("vit."): v for k, v in load_file(folder / "model.safetensors").items() if k.startswith("vit.")
+    }
     save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(RecipeError, match="for which task"):
         inference.predict(str(tmp_path), [str(made / "0.png")])

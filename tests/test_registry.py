@@ -133,7 +133,10 @@ def test_probing_says_what_is_wrong_with_which(install: Install):
     install("planted_killed", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)", strategy_killed="Good")
     install("planted_loud", "print('hello'); raise ValueError('no')", strategy_loud="Good")
     wanted = ["good", "wrong", "dead", "killed", "loud", "finetune"]
-    found = {e.name: problem for e, problem in probing.probe([e for e in registry.entries().values() if e.name in wanted]).items()}
+    found = {
+        e.name: problem
+        for e, problem in probing.probe([e for e in registry.entries().values() if e.name in wanted]).items()
+    }
     assert found["good"] == "" and found["finetune"] == ""
     assert "no subclass of kt_hf.MergeMethod" in found["wrong"]
     assert "exit code 3" in found["dead"] and "signal 9" in found["killed"] and "ValueError: no" in found["loud"]
@@ -145,5 +148,7 @@ def test_a_recipe_runs_its_plan_beside_a_broken_task(tmp_path: Path):
     write_package(tmp_path, "planted_task", "raise SystemExit(1)", task_broken="Good")
     code = "from kt_hf.roles import fitting_tasks; from kt_hf.reading import read; from kt_hf import Data; print([n for n, _ in fitting_tasks(read(Data('digits'))['train'].features, None)])"
     environment = {"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.stdout.strip() == "['image-classification']", done.stderr[-500:]

@@ -25,7 +25,7 @@ def launch(command: list[str]) -> None:
 
 
 def torchrun(arguments: list[str]) -> list[str]:
-    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", str(HERE / "rank_cases.py"), *arguments]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(HERE / "rank_cases.py"), *arguments]
 
 
 def accelerate(arguments: list[str]) -> list[str]:

@@ -21,7 +21,17 @@ from kt_hf import registry
 from kt_hf.errors import RecipeError, nearest
 from kt_hf.testing.rules import RULES, Finding, NotConforming, Rule
 
-__all__ = ["Finding", "NotConforming", "check_ensemble", "check_merge", "check_plugin", "check_strategy", "check_task", "examine", "rules"]
+__all__ = [
+    "Finding",
+    "NotConforming",
+    "check_ensemble",
+    "check_merge",
+    "check_plugin",
+    "check_strategy",
+    "check_task",
+    "examine",
+    "rules",
+]
 
 
 def rules(kind: str) -> list[Rule]:
@@ -31,7 +41,9 @@ def rules(kind: str) -> list[Rule]:
     return [r for r in RULES if r.kind in ("plugin", kind)]
 
 
-def examine(kind: str, plugin: str | type, *, task: str | None = None, thorough: bool = False, **settings: Any) -> list[Finding]:
+def examine(
+    kind: str, plugin: str | type, *, task: str | None = None, thorough: bool = False, **settings: Any
+) -> list[Finding]:
     """How a plugin stands to every rule of its kind; raises nothing for broken ones.
 
     task: what a strategy is tried on; by default the first task that it does not refuse. thorough: also rules that start further
@@ -48,7 +60,9 @@ def examine(kind: str, plugin: str | type, *, task: str | None = None, thorough:
         return judge(kind, _case(kind, name, cls, settings, Path(folder), task), thorough)
 
 
-def check_plugin(kind: str, plugin: str | type, *, task: str | None = None, thorough: bool = False, **settings: Any) -> list[Finding]:
+def check_plugin(
+    kind: str, plugin: str | type, *, task: str | None = None, thorough: bool = False, **settings: Any
+) -> list[Finding]:
     """`examine`, but raises `NotConforming` when a rule is broken."""
     found = examine(kind, plugin, task=task, thorough=thorough, **settings)
     if any(f.passed is False for f in found):
@@ -56,7 +70,9 @@ def check_plugin(kind: str, plugin: str | type, *, task: str | None = None, thor
     return found
 
 
-def check_strategy(plugin: str | type, *, task: str | None = None, thorough: bool = False, **settings: Any) -> list[Finding]:
+def check_strategy(
+    plugin: str | type, *, task: str | None = None, thorough: bool = False, **settings: Any
+) -> list[Finding]:
     """`check_plugin` for a strategy."""
     return check_plugin("strategy", plugin, task=task, thorough=thorough, **settings)
 

@@ -31,7 +31,13 @@ from kt_hf.trainer import Result, Trainer
 LABELS = ("circle", "square", "star")
 WORDS = tuple(f"{a}{b}" for a in ("red", "blue", "old", "new") for b in ("stone", "river", "lamp", "cloud"))
 ROWS = {"train": 24, "validation": 9, "test": 9}
-_SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "initializer_range": 0.2}
+_SIZES = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "initializer_range": 0.2,
+}
 _VIT = {**_SIZES, "image_size": 8, "patch_size": 4}
 _BERT = {**_SIZES, "max_position_embeddings": 32}
 _LLAMA = {**_SIZES, "max_position_embeddings": 64}
@@ -43,7 +49,10 @@ _DROPOUT = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 def fresh_model(task: str, dropout: float = 0.0) -> Model:
     """What the kit tries a task's strategies on. Llama has no dropout outside of attention."""
     drop = dict.fromkeys(_DROPOUT, dropout)
-    vit, bert = {"config": "vit", "config_overrides": {**_VIT, **drop}}, {"config": "bert", "config_overrides": {**_BERT, **drop}}
+    vit, bert = (
+        {"config": "vit", "config_overrides": {**_VIT, **drop}},
+        {"config": "bert", "config_overrides": {**_BERT, **drop}},
+    )
     known: dict[str, dict[str, Any]] = {
         "image-classification": vit,
         "text-classification": bert,
@@ -57,10 +66,16 @@ def fresh_model(task: str, dropout: float = 0.0) -> Model:
 def make_data(name: str, task: Task, seed: int = 0) -> DataInfo:
     """A data set with the columns that the task requires: images, words and classes that belong together."""
     random = np.random.default_rng(seed)
-    roles = [r for r in task.roles if r.name in _COLUMNS[name]] if name in _COLUMNS else [r for r in task.roles if r.required]
+    roles = (
+        [r for r in task.roles if r.name in _COLUMNS[name]]
+        if name in _COLUMNS
+        else [r for r in task.roles if r.required]
+    )
     splits = {split: _rows(roles, n, random) for split, n in ROWS.items()}
     labels = list(LABELS) if any(r.name == "label" for r in roles) else None
-    return DataInfo(f"bench{seed}", splits, {r.name: r.name for r in roles}, labels, f"bench-{type(task).__name__}-{seed}")
+    return DataInfo(
+        f"bench{seed}", splits, {r.name: r.name for r in roles}, labels, f"bench-{type(task).__name__}-{seed}"
+    )
 
 
 def _rows(roles: list[Any], n: int, random: np.random.Generator) -> datasets.Dataset:
@@ -70,7 +85,11 @@ def _rows(roles: list[Any], n: int, random: np.random.Generator) -> datasets.Dat
     for role in roles:
         kind = role.kinds[0]
         if kind == "image":
-            pixels = (random.normal(0, 40, (n, 8, 8, 3)) + 60 + 60 * classes_N[:, None, None, None]).clip(0, 255).astype(np.uint8)
+            pixels = (
+                (random.normal(0, 40, (n, 8, 8, 3)) + 60 + 60 * classes_N[:, None, None, None])
+                .clip(0, 255)
+                .astype(np.uint8)
+            )
             columns[role.name], kinds[role.name] = [Image.fromarray(p) for p in pixels], datasets.Image()
         elif kind == "class":
             columns[role.name], kinds[role.name] = classes_N, datasets.Value("int64")
@@ -151,15 +170,30 @@ class Bench:
         return self.task.load(Model(path=folder), self.info)
 
     def train(
-        self, stack: dict[str, Strategy], folder: Path, *, dropout: float = 0.0, task: Task | None = None, **training: Any
+        self,
+        stack: dict[str, Strategy],
+        folder: Path,
+        *,
+        dropout: float = 0.0,
+        task: Task | None = None,
+        **training: Any,
     ) -> Trained:
         """Train a stack by the real trainer; a folder that holds a checkpoint is resumed."""
         task = task or self.task
-        given = {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "weight_decay": 0.01, "logging_steps": 1, "eval_steps": 0}
+        given = {
+            "max_steps": 4,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-2,
+            "weight_decay": 0.01,
+            "logging_steps": 1,
+            "eval_steps": 0,
+        }
         settings = Training(**{**given, **training})
         randomness.seed_all("load", settings.seed)
         loaded = task.load(Model(path=self.saved("start", dropout)), self.info)
-        run = WatchedRun(cpu_accelerator(), settings.seed, Path(folder), task, loaded, self.info, settings.max_steps, _as_model)
+        run = WatchedRun(
+            cpu_accelerator(), settings.seed, Path(folder), task, loaded, self.info, settings.max_steps, _as_model
+        )
         trainer = Trainer(run, loaded, stack, settings, Data("bench"), None, self.other_data)
         result = trainer.run()
         return Trained(trainer, run, result, next(iter(stack.values()), None), Path(folder))
@@ -170,10 +204,16 @@ def _as_model(ref: Any) -> Model:
 
 
 def copy_state(module: Any) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in module.state_dict().items() if isinstance(tensor, torch.Tensor)}
+    return {
+        name: tensor.detach().clone()
+        for name, tensor in module.state_dict().items()
+        if isinstance(tensor, torch.Tensor)
+    }
 
 
-def differing(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], rtol: float = 0.0, atol: float = 0.0) -> list[str]:
+def differing(
+    a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], rtol: float = 0.0, atol: float = 0.0
+) -> list[str]:
     """Names that only one side has, or whose tensors differ; bit for bit by default."""
     names = sorted(a.keys() ^ b.keys())
     for name in sorted(a.keys() & b.keys()):

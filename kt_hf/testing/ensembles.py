@@ -42,9 +42,15 @@ def log_probabilities_add_up(case: EnsembleCase) -> None:
     """`combine` gives log-probabilities of N rows and C classes: none positive, and each row's probabilities add up to 1."""
     found_NC = case.combine(case.scores_KNC)
     demand(found_NC.shape == (N, C), f"shape {tuple(found_NC.shape)}, expected {(N, C)}")
-    demand(not found_NC.isnan().any() and bool((found_NC <= 1e-5).all()), "there are positive or undefined log-probabilities")
+    demand(
+        not found_NC.isnan().any() and bool((found_NC <= 1e-5).all()),
+        "there are positive or undefined log-probabilities",
+    )
     sums_N = found_NC.exp().sum(-1)
-    demand(torch.allclose(sums_N, torch.ones(N), atol=1e-4), f"probabilities add up to {sums_N.min():.4g} ... {sums_N.max():.4g}")
+    demand(
+        torch.allclose(sums_N, torch.ones(N), atol=1e-4),
+        f"probabilities add up to {sums_N.min():.4g} ... {sums_N.max():.4g}",
+    )
 
 
 @rule("ensemble", "one-member-is-the-member", needs=("log-probabilities-add-up",))
@@ -55,7 +61,10 @@ def one_member_is_the_member(case: EnsembleCase) -> None:
         found_NC = case.combine(alone_KNC)
         demand(torch.equal(found_NC.argmax(-1), alone_KNC[0].argmax(-1)), f"{count} copies predict other classes")
         if getattr(case.cls, "probabilities", True):
-            demand(torch.allclose(found_NC.exp(), alone_KNC[0].softmax(-1), atol=1e-4), f"{count} copies have other probabilities")
+            demand(
+                torch.allclose(found_NC.exp(), alone_KNC[0].softmax(-1), atol=1e-4),
+                f"{count} copies have other probabilities",
+            )
 
 
 @rule("ensemble", "order-does-not-matter", needs=("log-probabilities-add-up",))
@@ -64,7 +73,10 @@ def order_does_not_matter(case: EnsembleCase) -> None:
     if getattr(case.cls, "order_matters", False):
         raise NotApplicable("it says that the order matters")
     turned_NC = case.combine(case.scores_KNC.flip(0))
-    demand(torch.allclose(case.combine(case.scores_KNC).exp(), turned_NC.exp(), atol=1e-3), "other probabilities in another order")
+    demand(
+        torch.allclose(case.combine(case.scores_KNC).exp(), turned_NC.exp(), atol=1e-3),
+        "other probabilities in another order",
+    )
 
 
 @rule("ensemble", "state-rebuilds-it", needs=("log-probabilities-add-up",))

@@ -29,8 +29,13 @@ def check(bench: Bench, loaded: Loaded, folder: Path) -> None:
     demand(compared, f"its outputs have none of {', '.join(OUTPUTS)}")
     for name in compared:
         a, b = getattr(ours, name).float(), getattr(theirs, name).float()
-        demand(a.shape == b.shape, f"{name} is {tuple(b.shape)} in the loaded model, {tuple(a.shape)} in the trained one")
-        demand(torch.allclose(a, b, rtol=1e-4, atol=1e-5), f"{name} of the loaded model differ by up to {(a - b).abs().max():.2g}")
+        demand(
+            a.shape == b.shape, f"{name} is {tuple(b.shape)} in the loaded model, {tuple(a.shape)} in the trained one"
+        )
+        demand(
+            torch.allclose(a, b, rtol=1e-4, atol=1e-5),
+            f"{name} of the loaded model differ by up to {(a - b).abs().max():.2g}",
+        )
 
 
 def rows(bench: Bench, loaded: Loaded) -> dict[str, Any]:

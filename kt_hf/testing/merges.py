@@ -32,7 +32,10 @@ class MergeCase(Case):
         self.count = max(3, cls.min_parents)  # type: ignore[attr-defined]
         self.base = state(0)
         # distinct sizes, so that methods which rank by magnitude or score have no ties
-        self.parents = [{k: t + 0.1 * (i + 1) * d for (k, t), d in zip(self.base.items(), state(i + 1).values(), strict=True)} for i in range(self.count)]
+        self.parents = [
+            {k: t + 0.1 * (i + 1) * d for (k, t), d in zip(self.base.items(), state(i + 1).values(), strict=True)}
+            for i in range(self.count)
+        ]
 
     def merge(self, parents: list[State], base: State | None, where: str) -> State:
         """Through files and the engine, as a stage does it."""
@@ -81,7 +84,10 @@ def score(parents: list[State], weights_M: list[float]) -> float:
 def merges_finitely(case: MergeCase) -> None:
     """The merged model has the parents' tensors, all finite."""
     merged = case.merged
-    demand({n: t.shape for n, t in merged.items()} == {n: t.shape for n, t in case.base.items()}, "other names or shapes than the parents")
+    demand(
+        {n: t.shape for n, t in merged.items()} == {n: t.shape for n, t in case.base.items()},
+        "other names or shapes than the parents",
+    )
     demand(not (bad := [n for n, t in merged.items() if not t.isfinite().all()]), f"not finite: {some(bad)}")
 
 

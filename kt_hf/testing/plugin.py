@@ -48,7 +48,10 @@ def says_what_it_does(case: Case) -> None:
     demand((case.cls.__dict__.get("__doc__") or "").strip(), f"{case.cls.__name__} has no docstring")
     if case.kind == "strategy":
         line = case.build().describe()
-        demand(isinstance(line, str) and line.strip() and "\n" not in line.strip(), f"describe() gave {line!r}, expected one line")
+        demand(
+            isinstance(line, str) and line.strip() and "\n" not in line.strip(),
+            f"describe() gave {line!r}, expected one line",
+        )
 
 
 @rule("plugin", "settings-are-typed-keywords")

@@ -19,7 +19,21 @@ from torch import nn
 LIMIT = 50_000
 """Objects after which the search stops: a processor with a large vocabulary is not worth more."""
 _INTERNAL = frozenset(vars(nn.Module())) - {"_parameters", "_buffers", "_modules"}
-_LEAVES = (str, bytes, bytearray, int, float, complex, type(None), type, types.ModuleType, np.ndarray, torch.dtype, torch.device, torch.Size)
+_LEAVES = (
+    str,
+    bytes,
+    bytearray,
+    int,
+    float,
+    complex,
+    type(None),
+    type,
+    types.ModuleType,
+    np.ndarray,
+    torch.dtype,
+    torch.device,
+    torch.Size,
+)
 
 
 def reach(root: Any, opaque: tuple[type, ...] = ()) -> Iterator[tuple[str, Any]]:
@@ -50,7 +64,11 @@ def _children(item: Any) -> Iterator[tuple[str, Any]]:
         yield from _children(item.__func__)
     elif isinstance(item, types.FunctionType):
         cells = item.__closure__ or ()
-        yield from ((f".{name}", c.cell_contents) for name, c in zip(item.__code__.co_freevars, cells, strict=False) if _filled(c))
+        yield from (
+            (f".{name}", c.cell_contents)
+            for name, c in zip(item.__code__.co_freevars, cells, strict=False)
+            if _filled(c)
+        )
         yield from ((".default", value) for value in item.__defaults__ or ())
     elif isinstance(item, functools.partial):
         yield from ((".partial", value) for value in (item.func, *item.args, *item.keywords.values()))

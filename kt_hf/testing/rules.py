@@ -82,7 +82,7 @@ def judge(kind: str, case: Any, thorough: bool) -> list[Finding]:
             if r.thorough and not thorough:
                 found[r.name] = Finding(r.name, None, "only with --thorough")
                 continue
-            missing = [n for n in r.needs if n in found and found[n].passed is False or n not in found]
+            missing = [n for n in r.needs if (n in found and found[n].passed is False) or n not in found]
             if missing:
                 found[r.name] = Finding(r.name, None, f"not judged, because {missing[0]} is broken")
                 continue
@@ -100,7 +100,9 @@ def _judge_one(r: Rule, case: Any) -> Finding:
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         first_line = str(error).splitlines()[0][:300] if str(error) else ""
-        return Finding(r.name, False, f"{type(error).__name__}: {first_line} ({last.filename.rpartition('/')[2]}:{last.lineno})")
+        return Finding(
+            r.name, False, f"{type(error).__name__}: {first_line} ({last.filename.rpartition('/')[2]}:{last.lineno})"
+        )
     return Finding(r.name, True)
 
 

@@ -46,7 +46,9 @@ class Watch(Strategy):
         self.inspect(model)
 
     def after_step(self, model: nn.Module, progress: float) -> None:
-        self.moved |= {n for n, p in model.named_parameters() if n in self.frozen and not torch.equal(p, self.frozen[n])}
+        self.moved |= {
+            n for n, p in model.named_parameters() if n in self.frozen and not torch.equal(p, self.frozen[n])
+        }
         strategy = self.look()
         if strategy is None:
             return
@@ -57,7 +59,15 @@ class Watch(Strategy):
             if p.requires_grad and (scale(progress) if callable(scale) else scale) != 0:
                 now = "none" if p.grad is None else "zero" if not p.grad.any() else "some"
                 before = self.gradients.get(name)
-                self.gradients[name] = now if before is None or now == "none" else before if now == "zero" else "some" if before != "none" else before
+                self.gradients[name] = (
+                    now
+                    if before is None or now == "none"
+                    else before
+                    if now == "zero"
+                    else "some"
+                    if before != "none"
+                    else before
+                )
         self.inspect(model)
 
     def inspect(self, model: nn.Module) -> None:
@@ -67,12 +77,21 @@ class Watch(Strategy):
             return
         self.shapes.append({n: tuple(t.shape) for n, t in strategy.state_dict().items() if isinstance(t, torch.Tensor)})
         modules = {id(m) for m in model.modules()}
-        trained = {p.untyped_storage().data_ptr(): name for name, p in model.named_parameters() if p.requires_grad and p.numel()}
+        trained = {
+            p.untyped_storage().data_ptr(): name
+            for name, p in model.named_parameters()
+            if p.requires_grad and p.numel()
+        }
         own = {id(m) for m in strategy.modules()} | {id(p) for p in strategy.parameters()}
         for path, item in reach(strategy):
             if isinstance(item, nn.Module) and id(item) in modules:
                 self.kept.setdefault(path, type(item).__name__)
-            elif isinstance(item, torch.Tensor) and not item.is_meta and item.numel() and item.untyped_storage().data_ptr() in trained:
+            elif (
+                isinstance(item, torch.Tensor)
+                and not item.is_meta
+                and item.numel()
+                and item.untyped_storage().data_ptr() in trained
+            ):
                 self.kept.setdefault(path, f"the weights {trained[item.untyped_storage().data_ptr()]}")
             elif id(item) not in own and isinstance(item, nn.Parameter) and item.requires_grad:
                 self.loose.setdefault(path, f"parameter of shape {tuple(item.shape)}")
@@ -97,7 +116,9 @@ class StrategyCase(Case):
             filled[name] = "bench"
         return super().settings(**{**{k: v for k, v in filled.items() if k not in self.given}, **changes})
 
-    def train(self, where: str, changes: dict[str, Any] | None = None, absent: bool = False, **training: Any) -> tuple[Trained, Watch]:
+    def train(
+        self, where: str, changes: dict[str, Any] | None = None, absent: bool = False, **training: Any
+    ) -> tuple[Trained, Watch]:
         strategy = None if absent else self.build(**(changes or {}))
         watch = Watch(strategy)
         stack: dict[str, Strategy] = {"watch": watch} if strategy is None else {self.name: strategy, "watch": watch}
@@ -157,14 +178,20 @@ def trains_finitely(case: StrategyCase) -> None:
     demand(len(trained.losses) == STEPS, f"{len(trained.losses)} of {STEPS} steps were logged")
     demand(all(map(math.isfinite, trained.losses)), f"losses {trained.losses}")
     tensors = {**trained.weights, **{f"the strategy's {k}": v for k, v in trained.state.items()}}
-    demand(not (bad := [n for n, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]), f"not finite: {some(bad)}")
+    demand(
+        not (bad := [n for n, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]),
+        f"not finite: {some(bad)}",
+    )
 
 
 @rule("strategy", "every-trained-weight-gets-a-gradient", needs=(TRAINS,))
 def every_trained_weight_gets_a_gradient(case: StrategyCase) -> None:
     """Every trainable parameter whose rate is not 0 has a gradient in every step, and not only zeros."""
     found = case.whole[1].gradients
-    demand(not (names := [n for n, g in found.items() if g == "none"]), f"without gradient: {some(names)}; freeze what is not trained")
+    demand(
+        not (names := [n for n, g in found.items() if g == "none"]),
+        f"without gradient: {some(names)}; freeze what is not trained",
+    )
     demand(not (names := [n for n, g in found.items() if g == "zero"]), f"its gradient is always 0: {some(names)}")
 
 
@@ -205,11 +232,27 @@ def teachers_stay_outside(case: StrategyCase) -> None:
     trained = case.whole[0]
     for ref, model, before in teachers(case):
         storages = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers()) if p.numel()}
-        held = [n for n, t in trained.trainer.bundle.state_dict().items() if isinstance(t, torch.Tensor) and t.numel() and t.untyped_storage().data_ptr() in storages]
-        demand(not held, f"teacher '{_last(ref)}' is registered: {some(held)}; keep what `run.frozen` returns, not its model")
-        copies = [n for n, t in case.checkpoint.items() if n.startswith("strategies/") or n.startswith("strategies.") if _among(t, before)]
+        held = [
+            n
+            for n, t in trained.trainer.bundle.state_dict().items()
+            if isinstance(t, torch.Tensor) and t.numel() and t.untyped_storage().data_ptr() in storages
+        ]
+        demand(
+            not held,
+            f"teacher '{_last(ref)}' is registered: {some(held)}; keep what `run.frozen` returns, not its model",
+        )
+        copies = [
+            n
+            for n, t in case.checkpoint.items()
+            if n.startswith("strategies/") or n.startswith("strategies.")
+            if _among(t, before)
+        ]
         demand(not copies, f"a copy of teacher '{_last(ref)}' is in the checkpoint: {some(copies)}")
-        exported = [n for n, t in trained.result.loaded.model.state_dict().items() if t.numel() and t.untyped_storage().data_ptr() in storages]
+        exported = [
+            n
+            for n, t in trained.result.loaded.model.state_dict().items()
+            if t.numel() and t.untyped_storage().data_ptr() in storages
+        ]
         demand(not exported, f"teacher '{_last(ref)}' is exported: {some(exported)}")
 
 
@@ -238,7 +281,10 @@ def does_not_store_the_model(case: StrategyCase) -> None:
 def trained_modules_are_registered(case: StrategyCase) -> None:
     """What asks for gradients is a submodule or parameter of the strategy; in a list or a dictionary nobody trains or saves it."""
     loose = case.whole[1].loose
-    demand(not loose, f"outside of the module tree: {some(f'{path} ({what})' for path, what in loose.items())}; use nn.ModuleList or an attribute")
+    demand(
+        not loose,
+        f"outside of the module tree: {some(f'{path} ({what})' for path, what in loose.items())}; use nn.ModuleList or an attribute",
+    )
 
 
 @rule("strategy", "state-is-final-after-ready", needs=(TRAINS,))
@@ -292,7 +338,10 @@ def resumes_exactly(case: StrategyCase) -> None:
 def same(one: Trained, two: Trained, when: str, **tolerance: float) -> None:
     """Demand equal exported weights and equal state of the strategy."""
     demand(not (names := differing(one.weights, two.weights, **tolerance)), f"other weights {when}: {some(names)}")
-    demand(not (names := differing(one.state, two.state, **tolerance)), f"another state of the strategy {when}: {some(names)}")
+    demand(
+        not (names := differing(one.state, two.state, **tolerance)),
+        f"another state of the strategy {when}: {some(names)}",
+    )
 
 
 @rule("strategy", "looking-changes-nothing", needs=(TRAINS,))
@@ -358,5 +407,3 @@ def two_processes_equal_one(case: StrategyCase) -> None:
     two = worker.train(case, "two", processes=2, per_device_train_batch_size=4, **exact)
     assert one is not None and two is not None
     demand(not (names := differing(one, two, rtol=1e-4, atol=2e-6)), f"other values from two processes: {some(names)}")
-
-

@@ -54,7 +54,10 @@ def makes_batches(case: TaskCase) -> None:
     demand("index" in case.batch, "the batch has no `index`")
     demand(not (odd := [k for k, v in case.batch.items() if isinstance(v, dict)]), f"the batch is not flat: {odd}")
     units = case.bench.task.units(case.batch)
-    demand("example" in units and case.bench.task.unit in units, f"units are {list(units)}, expected example and {case.bench.task.unit}")
+    demand(
+        "example" in units and case.bench.task.unit in units,
+        f"units are {list(units)}, expected example and {case.bench.task.unit}",
+    )
 
 
 @rule("task", "loss-is-unreduced", needs=("makes-batches",))
@@ -67,7 +70,10 @@ def loss_is_unreduced(case: TaskCase) -> None:
     units = task.units(case.batch)
     demand(unit in units, f"the loss is per {unit}, which `units` does not count")
     counted = float(weight.sum()) if weight is not None else float(values.numel())
-    demand(values.dim() >= 1 and counted == float(units[unit]), f"the loss counts {counted:g} {unit}s, `units` {float(units[unit]):g}")
+    demand(
+        values.dim() >= 1 and counted == float(units[unit]),
+        f"the loss counts {counted:g} {unit}s, `units` {float(units[unit]):g}",
+    )
     demand(values.dtype == torch.float32 and bool(values.isfinite().all()), f"losses are {values.dtype} or not finite")
     demand(values.requires_grad, "the loss has no gradient")
 
@@ -79,7 +85,10 @@ def scores_fit_weights(case: TaskCase) -> None:
         scores_NC, weight_N = case.bench.task.scores(case.outputs, case.batch)
     except KtError as error:
         raise NotApplicable(error.cause) from None
-    demand(scores_NC.dim() == 2 and weight_N.shape == scores_NC.shape[:1], f"scores {tuple(scores_NC.shape)}, weights {tuple(weight_N.shape)}")
+    demand(
+        scores_NC.dim() == 2 and weight_N.shape == scores_NC.shape[:1],
+        f"scores {tuple(scores_NC.shape)}, weights {tuple(weight_N.shape)}",
+    )
 
 
 @rule("task", "measures-its-metric", needs=("makes-batches",))
@@ -89,7 +98,10 @@ def measures_its_metric(case: TaskCase) -> None:
     bundle = Bundle(loaded, task, {}).eval()
     found = evaluation.predict(bundle, bundle, cpu_accelerator(), info, "test", 4)
     count = len(info.splits["test"])
-    demand(all(len(v) == count for v in found.values()), f"predictions have {[len(v) for v in found.values()]} rows, the split {count}")
+    demand(
+        all(len(v) == count for v in found.values()),
+        f"predictions have {[len(v) for v in found.values()]} rows, the split {count}",
+    )
     metrics = task.measure(found, loaded, info).metrics
     demand(task.metric in metrics, f"metrics are {list(metrics)}, without {task.metric}")
     table = task.table(found, loaded, info)
@@ -107,4 +119,7 @@ def saves_and_loads(case: TaskCase) -> None:
         outputs = case.bench.task.forward(again.model.eval(), case.batch)
     for name in exports.OUTPUTS:
         if isinstance(getattr(case.outputs, name, None), torch.Tensor):
-            demand(torch.allclose(getattr(case.outputs, name), getattr(outputs, name), atol=1e-5), f"{name} differ after loading")
+            demand(
+                torch.allclose(getattr(case.outputs, name), getattr(outputs, name), atol=1e-5),
+                f"{name} differ after loading",
+            )

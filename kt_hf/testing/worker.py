@@ -28,7 +28,9 @@ TIMEOUT = 300
 """Seconds after which a process is taken to hang."""
 
 
-def train(case: StrategyCase, where: str, processes: int = 1, kill: bool = False, **training: Any) -> dict[str, torch.Tensor] | None:
+def train(
+    case: StrategyCase, where: str, processes: int = 1, kill: bool = False, **training: Any
+) -> dict[str, torch.Tensor] | None:
     """Exported weights and the strategy's state after a training in new processes; None when it was killed as planned."""
     folder = case.folder / "processes" / where
     folder.mkdir(parents=True, exist_ok=True)
@@ -48,7 +50,12 @@ def train(case: StrategyCase, where: str, processes: int = 1, kill: bool = False
     launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"] if processes > 1 else []
     command = [sys.executable, "-m", *launcher, "kt_hf.testing.worker", str(folder / "spec.json")]
     paths = [p for p in (str(Path(kt_hf_folder())), *sys.path) if p]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(paths)}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": os.pathsep.join(paths),
+    }
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     except subprocess.TimeoutExpired:
@@ -102,7 +109,10 @@ def main(path: str) -> None:
     trained = case.bench.train(stack, case.folder / "run", **spec["training"])
     if trained.run.rank == 0:
         weights = {f"model/{k}": v.contiguous() for k, v in trained.weights.items()}
-        save_file({**weights, **{f"strategy/{k}": v.contiguous() for k, v in trained.state.items()}}, case.folder / "result.safetensors")
+        save_file(
+            {**weights, **{f"strategy/{k}": v.contiguous() for k, v in trained.state.items()}},
+            case.folder / "result.safetensors",
+        )
     trained.run.accelerator.wait_for_everyone()
     if trained.run.world > 1:
         torch.distributed.destroy_process_group()

@@ -1,0 +1,396 @@
+"""The conformance kit: every registered plugin passes all rules, and each planted fault is named by its own rule alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from kt_hf import EnsembleMethod, MergeMethod, ModelRef, Strategy, registry, testing
+from kt_hf.testing.rules import Finding
+
+
+def broken(kind: str, plugin: Any, **settings: Any) -> dict[str, str]:
+    """Broken rules of a plugin, with what was found."""
+    return {f.rule: f.note for f in testing.examine(kind, plugin, **settings) if f.passed is False}
+
+
+# --- what is registered ------------------------------------------------------------------------------------------------
+
+REGISTERED = sorted((k, n) for (k, n), e in registry.entries().items() if e.target.startswith("kt_hf_plugins."))
+
+
+@pytest.mark.parametrize(("kind", "name"), REGISTERED, ids=[f"{k}:{n}" for k, n in REGISTERED])
+def test_every_registered_plugin_conforms(kind: str, name: str):
+    found = testing.check_plugin(kind, name)
+    assert sum(f.passed is True for f in found) >= 6
+
+
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("lora", {"save": "adapter"}),
+    ("finetune", {"linear_probe": True}),
+    ("finetune", {"layer_decay": 0.5, "head_scale": 2.0}),
+    ("contrastive", {"loss": "siglip", "lock_image": True}),
+    ("ema", {"decay": 0.5, "warmup": True}),
+]
+
+
+@pytest.mark.parametrize(("name", "settings"), VARIANTS, ids=[f"{n}-{'-'.join(s)}" for n, s in VARIANTS])
+def test_settings_that_change_the_model_conform(name: str, settings: dict[str, Any]):
+    testing.check_strategy(name, **settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "task"), [("lora", "text-generation"), ("distill", "text-classification"), ("ema", "text-generation")]
+)
+def test_strategies_conform_on_text(name: str, task: str):
+    testing.check_strategy(name, task=task)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", registry.names("strategy"))
+def test_other_processes(name: str):
+    found = {f.rule: f for f in testing.check_strategy(name, thorough=True)}
+    assert found["new-process-resumes-exactly"].passed and found["two-processes-equal-one"].passed is not False
+
+
+# --- four planted faults -----------------------------------------------------------------------------------------------
+
+
+class StoresTheModel(Strategy):
+    """Keeps the model for later, in a place where nn.Module does not look."""
+
+    scope = "weights"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.notes: dict[str, Any] = {}
+
+    def ready(self, model: nn.Module, run: Any) -> None:
+        self.notes["later"] = [model]
+
+    def loss(self, step: Any) -> dict[str, torch.Tensor]:
+        size = torch.stack([p.square().sum() for p in self.notes["later"][0].parameters()]).sum()
+        return {"size": step.once(1e-3 * size)}
+
+
+class TrainsItsTeacher(Strategy):
+    """Distils from a teacher that learns, too."""
+
+    adds_objective = True
+
+    def __init__(self, *, teacher: ModelRef):
+        super().__init__()
+        self.teacher = teacher
+
+    def ready(self, model: nn.Module, run: Any) -> None:
+        self.other = run.frozen(self.teacher).members[0].model.requires_grad_(True)
+
+    def loss(self, step: Any) -> dict[str, torch.Tensor]:
+        student_NC, weight_N = step.task.scores(step.outputs, step.batch)
+        teacher_NC, _ = step.task.scores(step.task.forward(self.other, step.batch), step.batch)
+        return {
+            "kl": step.mean(F.mse_loss(student_NC, teacher_NC, reduction="none").mean(-1), weight_N, step.task.unit)
+        }
+
+
+class CountsInAnAttribute(Strategy):
+    """Fades out over steps that it counts itself."""
+
+    scope = "weights"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = 0
+
+    def loss(self, step: Any) -> dict[str, torch.Tensor]:
+        size = torch.stack([p.square().sum() for p in step.model.parameters()]).sum()
+        return {"size": step.once(size * 1e-2 / (1 + self.steps))}
+
+    def after_step(self, model: nn.Module, progress: float) -> None:
+        self.steps += 1
+
+
+class HidesItsProjector(Strategy):
+    """Compares scores through a projector that stands in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tools: list[nn.Module] = []
+
+    def ready(self, model: nn.Module, run: Any) -> None:
+        self.tools = [nn.Linear(len(run.info.labels), 4)]
+
+    def loss(self, step: Any) -> dict[str, torch.Tensor]:
+        scores_NC, weight_N = step.task.scores(step.outputs, step.batch)
+        return {"projected": step.mean(self.tools[0](scores_NC).square().mean(-1), weight_N, step.task.unit)}
+
+
+@pytest.mark.parametrize(
+    ("cls", "rule", "said"),
+    [
+        (StoresTheModel, "does-not-store-the-model", "notes['later'][0] (ViTForImageClassification)"),
+        (TrainsItsTeacher, "teachers-stay-frozen", "is trained"),
+        (CountsInAnAttribute, "state-in-named-tensors", "steps"),
+        (HidesItsProjector, "trained-modules-are-registered", "tools[0].weight"),
+    ],
+)
+def test_planted_faults_are_named_by_their_rule_alone(cls: type, rule: str, said: str):
+    found = broken("strategy", cls)
+    assert list(found) == [rule] and said in found[rule]
+    with pytest.raises(testing.NotConforming, match=rule) as caught:
+        testing.check_strategy(cls)
+    assert caught.value.broken == [rule]
+
+
+# --- further faults: no rule is for show -------------------------------------------------------------------------------
+
+
+class Sound(Strategy):
+    """Nothing wrong with it: the faults below differ from it in one thing each."""
+
+    def __init__(self, *, weight: float = 0.1):
+        super().__init__()
+        self.weight = weight
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    def ready(self, model: nn.Module, run: Any) -> None:
+        self.project = nn.Linear(len(run.info.labels), 4)
+
+    def loss(self, step: Any) -> dict[str, torch.Tensor]:
+        scores_NC, weight_N = step.task.scores(step.outputs, step.batch)
+        return {
+            "projected": self.weight * step.mean(self.project(scores_NC).square().mean(-1), weight_N, step.task.unit)
+        }
+
+    def after_step(self, model: nn.Module, progress: float) -> None:
+        self.steps += 1
+
+
+class KeepsTheRun(Sound):
+    """Leads to the model through the run."""
+
+    def ready(self, model: nn.Module, run: Any) -> None:
+        super().ready(model, run)
+        self.run = run
+
+
+class ClosesOverTheModel(Sound):
+    """Leads to the model through a function."""
+
+    def ready(self, model: nn.Module, run: Any) -> None:
+        super().ready(model, run)
+        self.size = lambda: sum(p.numel() for p in model.parameters())
+
+
+class SharesMemory(Sound):
+    """Its anchor is no copy."""
+
+    def ready(self, model: nn.Module, run: Any) -> None:
+        super().ready(model, run)
+        self.register_buffer("anchor", next(iter(model.parameters())).detach())
+
+
+class RegistersItsTeacher(Sound):
+    """A frozen teacher in every checkpoint."""
+
+    def __init__(self, *, teacher: ModelRef, weight: float = 0.1):
+        super().__init__(weight=weight)
+        self.teacher = teacher
+
+    def ready(self, model: nn.Module, run: Any) -> None:
+        super().ready(model, run)
+        self.other = run.frozen(self.teacher).members[0].model
+
+
+class TakesAMean(Sound):
+    """A mean over the micro-batch alone."""
+
+    def loss(self, step: Any) -> dict[str, torch.Tensor]:
+        scores_NC, _ = step.task.scores(step.outputs, step.batch)
+        return {"projected": self.project(scores_NC).square().mean()}
+
+
+class GrowsLater(Sound):
+    """A buffer that is made in the first step."""
+
+    def after_step(self, model: nn.Module, progress: float) -> None:
+        super().after_step(model, progress)
+        if not hasattr(self, "late"):
+            self.register_buffer("late", torch.zeros(2))
+
+
+class MovesFrozenWeights(Sound):
+    """Writes into what is frozen."""
+
+    def setup(self, model: nn.Module, run: Any) -> nn.Module:
+        next(iter(model.parameters())).requires_grad_(False)
+        return model
+
+    def after_step(self, model: nn.Module, progress: float) -> None:
+        super().after_step(model, progress)
+        next(iter(model.parameters())).data.add_(1e-3)
+
+
+class LeavesAWeightOut(Sound):
+    """A parameter that nothing uses."""
+
+    def ready(self, model: nn.Module, run: Any) -> None:
+        super().ready(model, run)
+        self.unused = nn.Parameter(torch.zeros(2))
+
+
+class IsNotNeutral(Sound):
+    """Its neutral setting leaves a trace."""
+
+    neutral = {"weight": 0.0}
+
+    def task_weight(self, progress: float) -> float:
+        return 0.999
+
+
+class DrawsByItself(Sound):
+    """A generator of its own, which a checkpoint does not hold."""
+
+    def __init__(self, *, weight: float = 0.1):
+        super().__init__(weight=weight)
+        self.random = torch.Generator().manual_seed(0)
+
+    def task_weight(self, progress: float) -> float:
+        return float(1 + torch.rand((), generator=self.random))
+
+
+class SwapsForEvaluation(Sound):
+    """Evaluation leaves other weights behind."""
+
+    def eval_model(self, model: nn.Module) -> nn.Module:
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(0.99)
+        return model
+
+
+class DiffersFromItsExport(Sound):
+    """Hooks the model, which no saved file can hold."""
+
+    def export(self, model: nn.Module) -> nn.Module:
+        model.classifier.register_forward_hook(lambda module, inputs, output: output + 1)  # type: ignore[operator, union-attr]
+        return model
+
+
+class IsUntyped(Sound):
+    """A setting that says nothing of itself."""
+
+    def __init__(self, *, weight=0.1):  # type: ignore[no-untyped-def]
+        super().__init__(weight=weight)
+
+
+class IsPositional(Sound):
+    """A setting by position."""
+
+    def __init__(self, weight: float = 0.1):
+        super().__init__(weight=weight)
+
+
+class Explodes(Sound):
+    """Divides by nothing."""
+
+    def loss(self, step: Any) -> dict[str, torch.Tensor]:
+        return {"bad": super().loss(step)["projected"] / 0}
+
+
+def test_the_sound_one_passes():
+    assert broken("strategy", Sound) == {}
+
+
+@pytest.mark.parametrize(
+    ("cls", "rule"),
+    [
+        (KeepsTheRun, "does-not-store-the-model"),
+        (ClosesOverTheModel, "does-not-store-the-model"),
+        (SharesMemory, "does-not-store-the-model"),
+        (RegistersItsTeacher, "teachers-stay-outside"),
+        (TakesAMean, "accumulation-equals-one-batch"),
+        (GrowsLater, "state-is-final-after-ready"),
+        (MovesFrozenWeights, "frozen-weights-stay"),
+        (LeavesAWeightOut, "every-trained-weight-gets-a-gradient"),
+        (IsNotNeutral, "neutral-equals-absence"),
+        (DrawsByItself, "state-in-named-tensors"),
+        (SwapsForEvaluation, "looking-changes-nothing"),
+        (DiffersFromItsExport, "export-loads-elsewhere"),
+        (IsUntyped, "settings-are-typed-keywords"),
+        (IsPositional, "settings-are-typed-keywords"),
+        (Explodes, "trains-finitely"),
+    ],
+)
+def test_every_rule_can_fail(cls: type, rule: str):
+    assert rule in broken("strategy", cls)
+
+
+class SumsUp(MergeMethod):
+    """A sum, which is no mean."""
+
+    def tensor(self, name: str, tensors_M: list[torch.Tensor], base: Any, stats: Any) -> torch.Tensor:
+        return torch.stack(tensors_M).sum(0)
+
+
+class TakesTheFirst(MergeMethod):
+    """The first parent, in place and in half precision, by turns."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def tensor(self, name: str, tensors_M: list[torch.Tensor], base: Any, stats: Any) -> torch.Tensor:
+        self.calls += 1
+        return tensors_M[0].mul_(1 + 1e-3 * self.calls).half()
+
+
+def test_merges_can_fail():
+    assert set(broken("merge", SumsUp)) == {"copies-give-the-model"}
+    assert {"order-does-not-matter", "keeps-the-dtype", "tensor-by-tensor", "leaves-the-parents"} <= set(
+        broken("merge", TakesTheFirst)
+    )
+
+
+class FavoursTheFirst(EnsembleMethod):
+    """Unnormalised, and it forgets its weights."""
+
+    def __init__(self, *, weights: list[float] | None = None):
+        self.weights = weights
+
+    @property
+    def needs_validation(self) -> bool:  # type: ignore[override]
+        return self.weights is None
+
+    def fit(self, scores_KNC: torch.Tensor, labels_N: torch.Tensor) -> None:
+        self.weights = [0.9, *[0.1] * (len(scores_KNC) - 1)]
+
+    def combine(self, scores_KNC: torch.Tensor) -> torch.Tensor:
+        weights_K = torch.tensor(self.weights)
+        return (weights_K[:, None, None] * scores_KNC.log_softmax(-1)).sum(0).log_softmax(-1)
+
+
+def test_ensembles_can_fail():
+    assert set(broken("ensemble", FavoursTheFirst)) == {
+        "one-member-is-the-member",
+        "order-does-not-matter",
+        "state-rebuilds-it",
+    }
+
+
+# --- the kit itself ----------------------------------------------------------------------------------------------------
+
+
+def test_rules_have_distinct_names_and_say_what_they_demand():
+    for kind in registry.KINDS:
+        rules = testing.rules(kind)
+        assert len({r.name for r in rules}) == len(rules) and all(r.text.endswith(".") for r in rules)
+
+
+def test_findings_read_well():
+    assert str(Finding("a-rule", False, "why")) == "BROKEN a-rule: why"
+    error = testing.NotConforming("strategy 'x'", [Finding("a", True), Finding("b", False, "why")])
+    assert error.broken == ["b"] and "breaks 1 of 2 rules" in str(error) and "b: why" in str(error)
