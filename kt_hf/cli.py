@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from kt_hf import __version__
 
@@ -94,43 +94,27 @@ def _parse(given: list[str]) -> argparse.Namespace:
 
 
 def _guarded(options: argparse.Namespace) -> int:
-    from kt_hf.errors import KtError, Mistakes
-
+    """Run a command; a failure is one line of cause, one of remedy and an exit code."""
     try:
         return COMMANDS[options.command](options) or 0
-    except KtError as error:
-        if options.debug:
-            raise
-        single = error.mistakes[0] if isinstance(error, Mistakes) and len(error.mistakes) == 1 else error
-        _fail(error.exit_code, single.cause, single.remedy)
-    except KeyboardInterrupt:
-        _fail(130, "interrupted", "")
     except BrokenPipeError:
         raise
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         if options.debug:
             raise
-        from kt_hf.launch import unexpected
+        from kt_hf import failing
 
-        _fail(*unexpected(error))
-
-
-def _fail(code: int, cause: str, remedy: str) -> NoReturn:
-    from kt_hf.hub import scrub
-
-    cause, remedy = scrub(" ".join(cause.split()) if "\n  - " not in cause else cause), scrub(remedy)
-    print(f"error: {cause}" + (f"\n  -> {remedy}" if remedy else ""), file=sys.stderr, flush=True)
-    sys.exit(code)
+        failing.fail(error, None)
 
 
-# --- run ---------------------------------------------------------------------------------------------------------------
+# --- run -------------------------------------------------------------------------------------------------------------
 
 
 def run(argv: list[str]) -> None:
     """`kt-hf run RECIPE.yaml key=value ...`: as the recipe file would, from YAML."""
     from pathlib import Path
 
-    from kt_hf import launch
+    from kt_hf import failing, launch
     from kt_hf import recipe as grammar
     from kt_hf.errors import KtError
 
@@ -145,12 +129,12 @@ def run(argv: list[str]) -> None:
     except KtError as error:
         if options.debug:
             raise
-        _fail(error.exit_code, error.cause, error.remedy)
+        failing.fail(error, None)
     # `recipe.yaml` is what a run leaves in its output folder, which then has the name.
     launch.execute(recipe, options, path.resolve().parent.name if path.stem == "recipe" else path.stem)
 
 
-# --- plugins -----------------------------------------------------------------------------------------------------------
+# --- plugins ---------------------------------------------------------------------------------------------------------
 
 
 def list_plugins(options: argparse.Namespace) -> int:
@@ -229,7 +213,7 @@ def check_plugin(options: argparse.Namespace) -> int:
     return 1 if broken else 0
 
 
-# --- results -----------------------------------------------------------------------------------------------------------
+# --- results ---------------------------------------------------------------------------------------------------------
 
 
 def report(options: argparse.Namespace) -> int:

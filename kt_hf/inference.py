@@ -1,5 +1,6 @@
-"""`kt-hf predict` and `kt-hf evaluate`: what a finished model says, without a recipe. A model is a folder (an adapter's or an
-ensemble's, too) or a Hub id.
+"""`kt-hf predict` and `kt-hf evaluate`: what a finished model says, without a recipe.
+
+A model is a folder (an adapter's or an ensemble's, too) or a Hub id.
 
 Shapes: N rows, C classes.
 """
@@ -74,7 +75,7 @@ def _accelerator() -> Any:
     return Accelerator()
 
 
-# --- which task --------------------------------------------------------------------------------------------------------
+# --- which task ------------------------------------------------------------------------------------------------------
 
 
 def infer_task(model: str) -> str | None:
@@ -125,7 +126,7 @@ def load(model: str, task: Task, info: DataInfo) -> Predictor:
     return Predictor(task, [loaded])
 
 
-# --- predict -----------------------------------------------------------------------------------------------------------
+# --- predict ---------------------------------------------------------------------------------------------------------
 
 
 def predict(
@@ -139,7 +140,8 @@ def predict(
 ) -> Table:
     """A row for each input: texts and image files are one row, data files and folders as many as they have.
 
-    Classes come with `prediction` and `probability`; generated texts with the geometric mean of their tokens' probabilities.
+    Classes come with `prediction` and `probability`; generated texts with the geometric mean of their tokens'
+    probabilities.
     """
     name = task or infer_task(model)
     if name is None:
@@ -260,13 +262,13 @@ def _single(inputs: Sequence[str], task: Task) -> datasets.Dataset:
     return datasets.Dataset.from_dict({"text": list(inputs)})
 
 
-# --- evaluate ----------------------------------------------------------------------------------------------------------
+# --- evaluate --------------------------------------------------------------------------------------------------------
 
 
 def evaluate(model: str, data: str, settings: Sequence[str] = (), *, task: str | None = None) -> dict[str, Any]:
-    """Metrics of a model on a data set's test split (validation, where that has the labels), with 95 % intervals over examples.
+    """Metrics of a model on a data set's test split, or validation where that has the labels.
 
-    settings: `data.KEY=VALUE`, as for a recipe.
+    Intervals are 95 %, over examples. settings: `data.KEY=VALUE`, as for a recipe.
     """
     stage, checked = _stage(model, data, settings, task)
     name = grammar.named(stage.task)[0] if stage.task else infer_task(model)
@@ -353,7 +355,7 @@ def figures(found: dict[str, Any]) -> str:
     return "\n".join([*lines, "  value [95 % interval over examples]"])
 
 
-# --- writing -----------------------------------------------------------------------------------------------------------
+# --- writing ---------------------------------------------------------------------------------------------------------
 
 
 def length(table: Table) -> int:

@@ -85,6 +85,11 @@ def load(name: str) -> evaluate.EvaluationModule:
         ) from error
 
 
+def weighted(name: str, truth: np.ndarray, guess: np.ndarray, known_N: np.ndarray, weights_N: np.ndarray) -> float:
+    """One of our metrics with example weights, for resampling; `truth` and `guess` are those of the known examples."""
+    return float(load(name).score(truth, guess, sample_weight=weights_N[known_N]))  # type: ignore[attr-defined]
+
+
 def compute(names: Sequence[str], predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
     """Several metrics of the same class numbers."""
     found: dict[str, float] = {}

@@ -97,7 +97,10 @@ def _mute() -> None:
 
 
 def _in_new_process(entry: Entry) -> str:
-    code = "import json, sys; from kt_hf import probing, registry; e = registry.find(*sys.argv[1:3]); print('\\n' + json.dumps(probing.problem(e)))"
+    code = (
+        "import json, sys; from kt_hf import probing, registry; "
+        "print(); print(json.dumps(probing.problem(registry.find(*sys.argv[1:3]))))"
+    )
     try:
         done = subprocess.run(
             [sys.executable, "-c", code, entry.kind, entry.name],

@@ -49,8 +49,8 @@ from kt_hf import Strategy
 class @CLASS@(Strategy):
     """Pulls trained weights towards their starting values.
 
-    loss = task + alpha / 2 * sum_i (w_i - w0_i)^2 + beta / 2 * sum_j w_j^2, where w0 are the weights at the start, i runs over
-    weights that came from a checkpoint and j over new ones, such as a fresh head (equation 3 of the paper).
+    loss = task + alpha / 2 * sum_i (w_i - w0_i)^2 + beta / 2 * sum_j w_j^2, where w0 are the weights at the start, i
+    runs over weights that came from a checkpoint and j over new ones, such as a fresh head (the paper's L2-SP penalty).
     """
 
     paper = "Li, Grandvalet, Davoine 2018, Explicit Inductive Bias for Transfer Learning, arXiv:1802.01483"
@@ -119,8 +119,8 @@ In a recipe:
 Train("mine", strategies=["finetune", {"@NAME@": {"alpha": 0.1}}])
 ```
 
-Hooks of a strategy: `kt_hf/strategy.py`. State lives in buffers and parameters, the model arrives as an argument, and means are
-taken by `step.mean`; the kit names the rule where one of these is broken.
+Hooks of a strategy: `kt_hf/strategy.py`. State lives in buffers and parameters, the model arrives as an argument, and
+means are taken by `step.mean`; the kit names the rule where one of these is broken.
 """
 
 

@@ -67,6 +67,8 @@ class Strategy(nn.Module):
     """True where `loss` is something to train on; tasks without a loss of their own need one."""
     neutral: ClassVar[dict[str, Any] | None] = None
     """Settings under which the strategy equals its absence exactly; the conformance kit checks it."""
+    conformance: ClassVar[dict[str, Any]] = {}
+    """How the kit tries it where the defaults do not do: `settings` to build it with, `task` to try it on."""
 
     forward_kwargs: ClassVar[dict[str, Any]] = {}
     """Merged over the stack: ask for `output_hidden_states`, `output_attentions`. A conflict is an error."""

@@ -11,13 +11,19 @@ from kt_hf import Loaded, Role, Task, classification, loading
 
 
 class ImageClassification(classification.Classification, Task):
-    """One class for an image (`AutoModelForImageClassification`)."""
+    """One class for an image (`AutoModelForImageClassification`).
+
+    metrics: accuracy, macro_f1, matthews_correlation, or the name of one on the Hub; the first decides.
+    """
 
     roles = (
         Role("image", ("image",), aliases=("img", "pixel_values")),
         Role("label", ("class",), aliases=("labels", "target", "category")),
     )
     cache_rows = False
+
+    def __init__(self, *, metrics: list[str] | None = None):
+        self.choose_metrics(metrics)
 
     def fits(self, roles: dict[str, str]) -> bool:
         return {"image", "label"} <= set(roles)

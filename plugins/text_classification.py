@@ -13,7 +13,8 @@ from kt_hf import Loaded, Role, Task, classification, loading
 class TextClassification(classification.Classification, Task):
     """One class for a text, or for a pair of texts (`AutoModelForSequenceClassification`).
 
-    max_length: tokens per example; longer ones are cut.
+    max_length: tokens per example; longer ones are cut. metrics: accuracy, macro_f1, matthews_correlation, or the name
+    of one on the Hub; the first decides.
     """
 
     roles = (
@@ -22,8 +23,9 @@ class TextClassification(classification.Classification, Task):
         Role("label", ("class",), aliases=("labels", "target", "category")),
     )
 
-    def __init__(self, *, max_length: int = 128):
+    def __init__(self, *, max_length: int = 128, metrics: list[str] | None = None):
         self.max_length = max_length
+        self.choose_metrics(metrics)
 
     def fits(self, roles: dict[str, str]) -> bool:
         return {"text", "label"} <= set(roles) and "image" not in roles

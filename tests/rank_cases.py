@@ -17,7 +17,7 @@ from kt_hf import Strategy, Stream, evaluation
 from kt_hf.errors import NonFiniteError
 from kt_hf.trainer import Trainer
 
-ADAMW = {"max_steps": 20, "learning_rate": 2e-3, "adam_epsilon": 1e-6, "logging_steps": 3, "eval_steps": 10}
+ADAMW = {"max_steps": 20, "learning_rate": 2e-3, "adam_epsilon": 1e-4, "logging_steps": 3, "eval_steps": 10}
 """An epsilon above the rounding noise: Adam makes whole steps of gradients that are 0 but for that (those of key biases)."""
 
 
@@ -26,13 +26,12 @@ class Indices(Strategy):
 
     def __init__(self):
         super().__init__()
-        self.seen: list[list[int]] = []
+        self.seen: dict[tuple[int, int], list[int]] = {}
 
     def loss(self, step):
-        if step._position.rows["train"][step._position.rank]:
-            self.seen.append(step.batch["index"].tolist())
-        else:
-            self.seen.append([])
+        position = step._position
+        counts = position.rows["train"][position.rank] > 0
+        self.seen[position.step, position.micro_batch] = step.batch["index"].tolist() if counts else []
         return {}
 
 
@@ -106,8 +105,8 @@ def build(name: str, folder: Path, teacher: str, factor: int, extra: dict[str, S
         other = helpers.image_info(9, seed=4)
         return make_trainer(folder, strategies={"batchwise": Batchwise(), **extra}, streams=lambda _: other, **image, **settings)
     if name == "early":
-        settings.update(eval_steps=1, early_stopping_patience=3, load_best_model_at_end=True)
-        return make_trainer(folder, strategies={"ema": {"decay": 0.9}, **extra}, **image, **settings)
+        settings.update(eval_steps=1, early_stopping_patience=3, load_best_model_at_end=True, learning_rate=2e-2)
+        return make_trainer(folder, strategies={"ema": {"decay": 0.5}, **extra}, **image, **settings)
     assert name == "resume", name
     settings.update(save_steps=5, logging_steps=7)
     return make_trainer(folder, strategies={**helpers.stack("distill+ema", teacher), **extra}, **image, **settings)
@@ -127,7 +126,7 @@ def run(name: str, folder: Path, teacher: str, factor: int = 1) -> tuple[dict[st
             helpers.accelerator().wait_for_everyone()
     trainer = build(name, folder, teacher, factor, {"indices": indices})
     result = trainer.run()
-    facts: dict[str, Any] = {"curve": result.curve, "evaluations": result.evaluations, "best": result.best_step, "indices": indices.seen}
+    facts: dict[str, Any] = {"curve": result.curve, "evaluations": result.evaluations, "best": result.best_step, "indices": list(indices.seen.values())}
     if name == "finetune":
         bundle = trainer.bundle
         found = evaluation.predict(bundle, bundle, trainer.accelerator, trainer.info, "validation", 4)

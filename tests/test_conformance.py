@@ -1,7 +1,9 @@
-"""The conformance kit: every registered plugin passes all rules, and each planted fault is named by its own rule alone."""
+"""The conformance kit: registered plugins pass all rules, and each planted fault is named by its own rule alone."""
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +20,7 @@ def broken(kind: str, plugin: Any, **settings: Any) -> dict[str, str]:
     return {f.rule: f.note for f in testing.examine(kind, plugin, **settings) if f.passed is False}
 
 
-# --- what is registered ------------------------------------------------------------------------------------------------
+# --- what is registered ----------------------------------------------------------------------------------------------
 
 REGISTERED = sorted((k, n) for (k, n), e in registry.entries().items() if e.target.startswith("kt_hf_plugins."))
 
@@ -57,7 +59,7 @@ def test_other_processes(name: str):
     assert found["new-process-resumes-exactly"].passed and found["two-processes-equal-one"].passed is not False
 
 
-# --- four planted faults -----------------------------------------------------------------------------------------------
+# --- four planted faults ---------------------------------------------------------------------------------------------
 
 
 class StoresTheModel(Strategy):
@@ -146,7 +148,7 @@ def test_planted_faults_are_named_by_their_rule_alone(cls: type, rule: str, said
     assert caught.value.broken == [rule]
 
 
-# --- further faults: no rule is for show -------------------------------------------------------------------------------
+# --- further faults: no rule is for show -----------------------------------------------------------------------------
 
 
 class Sound(Strategy):
@@ -263,6 +265,53 @@ class DrawsByItself(Sound):
         return float(1 + torch.rand((), generator=self.random))
 
 
+class ForgetsABuffer(Sound):
+    """Counts in a buffer that is not saved."""
+
+    def __init__(self, *, weight: float = 0.1):
+        super().__init__(weight=weight)
+        self.register_buffer("lost", torch.zeros(()), persistent=False)
+
+    def after_step(self, model: nn.Module, progress: float) -> None:
+        self.lost += 1
+
+
+COUNTS: list[int] = []
+
+
+class CountsInItsModule(Sound):
+    """Counts in a global list."""
+
+    def task_weight(self, progress: float) -> float:
+        return 1.0 / (1 + len(COUNTS))
+
+    def after_step(self, model: nn.Module, progress: float) -> None:
+        COUNTS.append(1)
+
+
+class SaysNothing(Sound):
+    """Describes itself in no words."""
+
+    def describe(self) -> str:
+        return ""
+
+
+class NeedsASetting(Sound):
+    """Has a setting without a default, and no `conformance` that gives one."""
+
+    def __init__(self, *, width: int):
+        super().__init__(weight=width)
+
+
+class DeclaresItsSetting(NeedsASetting):
+    """The same, with a word to the kit."""
+
+    conformance = {"settings": {"width": 1}, "task": "text-classification"}
+
+    def __init__(self, *, width: int):
+        super().__init__(width=width)
+
+
 class SwapsForEvaluation(Sound):
     """Evaluation leaves other weights behind."""
 
@@ -302,8 +351,9 @@ class Explodes(Sound):
         return {"bad": super().loss(step)["projected"] / 0}
 
 
-def test_the_sound_one_passes():
-    assert broken("strategy", Sound) == {}
+@pytest.mark.parametrize("cls", [Sound, DeclaresItsSetting])
+def test_sound_ones_pass(cls: type):
+    assert broken("strategy", cls) == {}
 
 
 @pytest.mark.parametrize(
@@ -319,6 +369,10 @@ def test_the_sound_one_passes():
         (LeavesAWeightOut, "every-trained-weight-gets-a-gradient"),
         (IsNotNeutral, "neutral-equals-absence"),
         (DrawsByItself, "state-in-named-tensors"),
+        (ForgetsABuffer, "state-in-named-tensors"),
+        (CountsInItsModule, "resumes-exactly"),
+        (SaysNothing, "says-what-it-does"),
+        (NeedsASetting, "builds"),
         (SwapsForEvaluation, "looking-changes-nothing"),
         (DiffersFromItsExport, "export-loads-elsewhere"),
         (IsUntyped, "settings-are-typed-keywords"),
@@ -328,6 +382,23 @@ def test_the_sound_one_passes():
 )
 def test_every_rule_can_fail(cls: type, rule: str):
     assert rule in broken("strategy", cls)
+
+
+BORROWER = """
+from kt_hf import Strategy
+class Borrower(Strategy):
+    "Borrows from a neighbour."
+    def setup(self, model, run):
+        from kt_hf_plugins import ema
+        return model
+"""
+
+
+def test_plugins_do_not_import_one_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "planted_borrower.py").write_text(BORROWER)
+    monkeypatch.syspath_prepend(tmp_path)
+    found = broken("strategy", importlib.import_module("planted_borrower").Borrower)
+    assert list(found) == ["imports-no-other-plugin"] and "kt_hf_plugins.ema" in found["imports-no-other-plugin"]
 
 
 class SumsUp(MergeMethod):
@@ -381,7 +452,7 @@ def test_ensembles_can_fail():
     }
 
 
-# --- the kit itself ----------------------------------------------------------------------------------------------------
+# --- the kit itself --------------------------------------------------------------------------------------------------
 
 
 def test_rules_have_distinct_names_and_say_what_they_demand():

@@ -87,3 +87,24 @@ def test_plugins_import_kt_hf_and_no_other_plugin():
             assert "kt_hf_plugins" not in path.read_text().replace('"kt_hf_plugins"', ""), path.name
     for path in (README.parent / "kt_hf" / "functional").glob("*.py"):
         assert "import kt_hf" not in path.read_text() and "from kt_hf" not in path.read_text(), path.name
+
+
+def test_zero_shot_is_measured_where_the_model_can_answer(tmp_path):
+    report = run_recipe("finetune", tmp_path / "out", "training.max_steps=5", "stages.finetune.compare=[zero_shot]")
+    gains = report["stages"][-1]["gains"]
+    assert {g["baseline"] for g in gains} == {"zero_shot"}
+    assert {g["verdict"] for g in gains} == {"one seed: no claim"}
+
+
+def test_zero_shot_of_a_new_head_is_explained(tmp_path):
+    report = run_recipe("distill", tmp_path / "out", "training.max_steps=2", "stages.student.compare=[zero_shot]")
+    assert any("nothing trained" in note for note in report["notes"])
+
+
+def test_metrics_are_chosen_by_name_and_the_first_decides(tmp_path):
+    metrics = "task={image-classification: {metrics: [matthews_correlation, accuracy]}}"
+    report = run_recipe("finetune", tmp_path / "out", "training.max_steps=5", metrics)
+    entry = report["stages"][-1]
+    assert entry["metric"] == "matthews_correlation"
+    found = entry["metrics"]["matthews_correlation"]
+    assert found["low"] < found["value"] < found["high"]

@@ -5,10 +5,10 @@
     def test_it_conforms():
         check_strategy("my-strategy", weight=0.1)
 
-Every rule has a name; `NotConforming.broken` lists those that are broken, and what was found. A class may say in an attribute
-`conformance` how it is to be tried where its defaults do not do: `{"settings": {...}, "task": NAME}`. A required setting that is
-annotated `ModelRef` or `DataRef` needs no such thing: a tiny teacher or data set is put in. A plugin is named as it is registered,
-or given as a class.
+Every rule has a name; `NotConforming.broken` lists those that are broken, and what was found. A class may say in an
+attribute `conformance` how it is to be tried where its defaults do not do: `{"settings": {...}, "task": NAME}`. A
+required setting that is annotated `ModelRef` or `DataRef` needs no such thing: a tiny teacher or data set is put in. A
+plugin is named as it is registered, or given as a class.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def examine(
 ) -> list[Finding]:
     """How a plugin stands to every rule of its kind; raises nothing for broken ones.
 
-    task: what a strategy is tried on; by default the first task that it does not refuse. thorough: also rules that start further
-    processes (about a minute). settings: of the plugin, in place of its defaults.
+    task: what a strategy is tried on; by default the first task that it does not refuse. thorough: also rules that
+    start further processes (about a minute). settings: of the plugin, in place of its defaults.
     """
     from kt_hf.testing.rules import judge
 

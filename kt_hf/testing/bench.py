@@ -1,4 +1,4 @@
-"""The bench of the conformance kit: tiny data and tiny models, made on the spot, and one training of them by the real trainer.
+"""The bench of the conformance kit: tiny data and models, made on the spot, and one training by the real trainer.
 
 Everything is drawn with fixed seeds, so that another process can set up the same bench.
 """
@@ -59,8 +59,9 @@ def fresh_model(task: str, dropout: float = 0.0) -> Model:
         "text-generation": {"config": "llama", "config_overrides": {**_LLAMA, "attention_dropout": dropout}},
         "zero-shot-image-classification": {"image": vit, "text": bert, "projection_dim": 16},
     }
-    given = known.get(task) or getattr(registry.load("task", task), "conformance", {}).get("model") or vit
-    return Model(**{k: Model(**v) if isinstance(v, dict) and k in ("image", "text") else v for k, v in given.items()})
+    given: Any = known.get(task) or getattr(registry.load("task", task), "conformance", {}).get("model") or vit
+    fields: dict[str, Any] = {k: Model(**v) if k in ("image", "text") else v for k, v in given.items()}
+    return Model(**fields)
 
 
 def make_data(name: str, task: Task, seed: int = 0) -> DataInfo:

@@ -39,7 +39,7 @@ class EnsembleCase(Case):
 
 @rule("ensemble", "log-probabilities-add-up", needs=("builds",))
 def log_probabilities_add_up(case: EnsembleCase) -> None:
-    """`combine` gives log-probabilities of N rows and C classes: none positive, and each row's probabilities add up to 1."""
+    """`combine` gives log-probabilities of N rows and C classes, and each row's probabilities add up to 1."""
     found_NC = case.combine(case.scores_KNC)
     demand(found_NC.shape == (N, C), f"shape {tuple(found_NC.shape)}, expected {(N, C)}")
     demand(
@@ -55,7 +55,7 @@ def log_probabilities_add_up(case: EnsembleCase) -> None:
 
 @rule("ensemble", "one-member-is-the-member", needs=("log-probabilities-add-up",))
 def one_member_is_the_member(case: EnsembleCase) -> None:
-    """One member alone, or copies of it, predict what it predicts; with its probabilities, unless `probabilities = False`."""
+    """One member, or copies of it, predict what it predicts; with its probabilities, unless `probabilities = False`."""
     for count in (1, K):
         alone_KNC = case.scores_KNC[:1].expand(count, N, C)
         found_NC = case.combine(alone_KNC)

@@ -76,8 +76,9 @@ def write(tensors: State, folder: Path) -> Path:
 def score(parents: list[State], weights_M: list[float]) -> float:
     """A validation metric that is a property of the merged weights, whatever the order of the parents."""
     total = sum(weights_M) or 1.0
-    mean = {n: sum(w / total * p[n].double() for p, w in zip(parents, weights_M, strict=True)) for n in SHAPES}
-    return -round(float(sum(((t - 0.05) ** 2).sum() for t in mean.values())), 9)  # type: ignore[union-attr, arg-type]
+    shares = [w / total for w in weights_M]
+    mean = {n: torch.stack([w * p[n].double() for p, w in zip(parents, shares, strict=True)]).sum(0) for n in SHAPES}
+    return -round(float(torch.stack([((t - 0.05) ** 2).sum() for t in mean.values()]).sum()), 9)
 
 
 @rule("merge", "merges-finitely", needs=("builds",))

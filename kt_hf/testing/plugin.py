@@ -59,11 +59,11 @@ def settings_are_typed_keywords(case: Case) -> None:
     """Every setting is keyword-only and typed, with a plain default; there is no catch-all."""
     if "__init__" not in case.cls.__dict__:
         return  # no settings
-    annotated = case.cls.__init__.__annotations__
-    for name, p in list(inspect.signature(case.cls.__init__).parameters.items())[1:]:
+    constructor = case.cls.__dict__["__init__"]
+    for name, p in list(inspect.signature(constructor).parameters.items())[1:]:
         demand(p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD), f"'{name}' takes anything: name every setting")
         demand(p.kind == p.KEYWORD_ONLY, f"'{name}' is positional: put it behind `*`")
-        demand(name in annotated, f"'{name}' has no type")
+        demand(name in constructor.__annotations__, f"'{name}' has no type")
         if p.default is not p.empty:
             try:
                 json.dumps(p.default, allow_nan=False)
@@ -82,9 +82,8 @@ def imports_no_other_plugin(case: Case) -> None:
         raise NotApplicable("its source cannot be read") from None
     package = getattr(module, "__package__", "") or ""
     others = {e.target.partition(":")[0] for e in registry.entries().values()} - {case.cls.__module__}
-    if case.kind in ("merge", "ensemble", "strategy"):
-        for name in imported(tree, package):
-            demand(name not in others, f"it imports {name}, another plugin")
+    for name in sorted(imported(tree, package)):
+        demand(name not in others, f"it imports {name}, another plugin")
 
 
 def imported(tree: ast.AST, package: str) -> set[str]:

@@ -37,7 +37,7 @@ _LEAVES = (
 
 
 def reach(root: Any, opaque: tuple[type, ...] = ()) -> Iterator[tuple[str, Any]]:
-    """(path, object) for everything that `root` leads to, each object once, nearest first. `opaque` types are not entered."""
+    """(path, object) for everything that `root` leads to, each once, nearest first. `opaque` types are not entered."""
     queue: deque[tuple[str, Any]] = deque([("", root)])
     seen = {id(root)}
     while queue and len(seen) < LIMIT:

@@ -108,7 +108,7 @@ def _judge_one(r: Rule, case: Any) -> Finding:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the log of many short trainings, and on one thread: threads that wait for each other cost more than tiny tensors."""
+    """Without the log of many short trainings, and on one thread: waiting for others costs more than tiny tensors."""
     import torch
 
     logger, threads = logging.getLogger("kt_hf"), torch.get_num_threads()

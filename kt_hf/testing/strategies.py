@@ -152,7 +152,7 @@ class StrategyCase(Case):
         return load_file(path)
 
     def exact(self, where: str, **training: Any) -> Trained:
-        """A training in which rounding is all that may differ: no dropout, and an optimizer that does not magnify rounding."""
+        """A training in which rounding is all that may differ: no dropout, an optimizer that does not magnify it."""
         return self.train(where, optim="sgd", learning_rate=0.05, max_steps=3, **training)[0]
 
 
@@ -166,7 +166,7 @@ def some(names: Any) -> str:
     return ", ".join(listed[:4]) + (f" and {len(listed) - 4} more" if len(listed) > 4 else "")
 
 
-# --- training ----------------------------------------------------------------------------------------------------------
+# --- training --------------------------------------------------------------------------------------------------------
 
 TRAINS = "trains-finitely"
 
@@ -202,7 +202,7 @@ def frozen_weights_stay(case: StrategyCase) -> None:
     demand(not moved, f"frozen weights have changed: {some(sorted(moved))}")
 
 
-# --- teachers ----------------------------------------------------------------------------------------------------------
+# --- teachers --------------------------------------------------------------------------------------------------------
 
 STAY = "teachers-stay-frozen"
 
@@ -267,24 +267,22 @@ def _last(ref: str) -> str:
     return ref.rpartition("/")[2]
 
 
-# --- what it keeps -----------------------------------------------------------------------------------------------------
+# --- what it keeps ---------------------------------------------------------------------------------------------------
 
 
 @rule("strategy", "does-not-store-the-model", needs=(TRAINS,))
 def does_not_store_the_model(case: StrategyCase) -> None:
-    """Nothing that the strategy leads to, at any depth, is the model, a part of it, or memory of its trained weights."""
+    """Nothing that it leads to, at any depth, is the model, a part of it, or memory of its trained weights."""
     kept = case.whole[1].kept
     demand(not kept, f"it keeps {some(f'{path} ({what})' for path, what in kept.items())}; hooks are given the model")
 
 
 @rule("strategy", "trained-modules-are-registered", needs=(TRAINS, STAY, "does-not-store-the-model"))
 def trained_modules_are_registered(case: StrategyCase) -> None:
-    """What asks for gradients is a submodule or parameter of the strategy; in a list or a dictionary nobody trains or saves it."""
+    """What asks for gradients is a submodule or parameter; in a list or a dictionary nobody trains or saves it."""
     loose = case.whole[1].loose
-    demand(
-        not loose,
-        f"outside of the module tree: {some(f'{path} ({what})' for path, what in loose.items())}; use nn.ModuleList or an attribute",
-    )
+    listed = some(f"{path} ({what})" for path, what in loose.items())
+    demand(not loose, f"outside of the module tree: {listed}; use nn.ModuleList or an attribute")
 
 
 @rule("strategy", "state-is-final-after-ready", needs=(TRAINS,))
@@ -295,7 +293,7 @@ def state_is_final_after_ready(case: StrategyCase) -> None:
     demand(not odd, f"changed after `ready`: {some(odd)}")
 
 
-# --- exactness ---------------------------------------------------------------------------------------------------------
+# --- exactness -------------------------------------------------------------------------------------------------------
 
 
 @rule("strategy", "neutral-equals-absence", needs=(TRAINS,))
@@ -325,8 +323,8 @@ def state_in_named_tensors(case: StrategyCase) -> None:
 
 def _plain_state(strategy: Strategy | None) -> dict[str, Any]:
     assert strategy is not None
-    registered = {id(t) for t in (*strategy.parameters(), *strategy.buffers())}
-    return leaves(strategy, registered, _NOT_ITS_OWN)
+    saved = strategy.state_dict(keep_vars=True)  # without buffers that are not persistent
+    return leaves(strategy, {id(t) for t in saved.values()}, _NOT_ITS_OWN)
 
 
 @rule("strategy", "resumes-exactly", needs=(TRAINS, NAMED))
@@ -379,7 +377,7 @@ def export_loads_elsewhere(case: StrategyCase) -> None:
     exports.check(case.bench, trained.result.loaded, trained.folder / "export")
 
 
-# --- other processes ---------------------------------------------------------------------------------------------------
+# --- other processes -------------------------------------------------------------------------------------------------
 
 
 @rule("strategy", "new-process-resumes-exactly", needs=(TRAINS, "resumes-exactly"), thorough=True)
@@ -402,7 +400,7 @@ def two_processes_equal_one(case: StrategyCase) -> None:
 
     if draws(case):
         raise NotApplicable("it draws random numbers for every process")
-    exact = {"optim": "sgd", "learning_rate": 0.05, "max_steps": 3}
+    exact: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.05, "max_steps": 3}
     one = worker.train(case, "one", per_device_train_batch_size=8, **exact)
     two = worker.train(case, "two", processes=2, per_device_train_batch_size=4, **exact)
     assert one is not None and two is not None

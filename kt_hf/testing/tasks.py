@@ -93,7 +93,7 @@ def scores_fit_weights(case: TaskCase) -> None:
 
 @rule("task", "measures-its-metric", needs=("makes-batches",))
 def measures_its_metric(case: TaskCase) -> None:
-    """Predictions of a split have one row per example; `measure` knows the task's metric, `table` has a row for each."""
+    """Predictions have one row per example; `measure` knows the task's metric, `table` has a row for each."""
     task, info, loaded = case.bench.task, case.bench.info, case.loaded
     bundle = Bundle(loaded, task, {}).eval()
     found = evaluation.predict(bundle, bundle, cpu_accelerator(), info, "test", 4)

@@ -1,4 +1,4 @@
-"""A training of the bench in processes of its own: `python -m kt_hf.testing.worker SPEC.json`, or the same under torchrun.
+"""A training of the bench in other processes: `python -m kt_hf.testing.worker SPEC.json`, or the same under torchrun.
 
 The class is found by its module, or by the file that it was defined in.
 """
@@ -31,7 +31,7 @@ TIMEOUT = 300
 def train(
     case: StrategyCase, where: str, processes: int = 1, kill: bool = False, **training: Any
 ) -> dict[str, torch.Tensor] | None:
-    """Exported weights and the strategy's state after a training in new processes; None when it was killed as planned."""
+    """Exported weights and the strategy's state after a training in new processes; None when killed as planned."""
     folder = case.folder / "processes" / where
     folder.mkdir(parents=True, exist_ok=True)
     spec = {
