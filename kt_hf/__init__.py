@@ -41,19 +41,37 @@ if TYPE_CHECKING:
     from kt_hf.merge import MergeMethod as MergeMethod
     from kt_hf.recipe import (
         Data as Data,
+    )
+    from kt_hf.recipe import (
         Ensemble as Ensemble,
+    )
+    from kt_hf.recipe import (
         Evaluate as Evaluate,
+    )
+    from kt_hf.recipe import (
         Merge as Merge,
+    )
+    from kt_hf.recipe import (
         Model as Model,
+    )
+    from kt_hf.recipe import (
         Recipe as Recipe,
+    )
+    from kt_hf.recipe import (
         Train as Train,
+    )
+    from kt_hf.recipe import (
         Training as Training,
     )
     from kt_hf.registry import register as register
     from kt_hf.runner import run as run
-    from kt_hf.settings import DataRef as DataRef, ModelRef as ModelRef
-    from kt_hf.strategy import Strategy as Strategy, Stream as Stream
-    from kt_hf.task import Loaded as Loaded, Role as Role, Task as Task
+    from kt_hf.settings import DataRef as DataRef
+    from kt_hf.settings import ModelRef as ModelRef
+    from kt_hf.strategy import Strategy as Strategy
+    from kt_hf.strategy import Stream as Stream
+    from kt_hf.task import Loaded as Loaded
+    from kt_hf.task import Role as Role
+    from kt_hf.task import Task as Task
 
 
 def __getattr__(name: str) -> object:

@@ -1,5 +1,5 @@
-"""Model, task and strategies in one module: the only thing that accelerate wraps. Training, evaluation and generation all run
-inside its forward. `Step` is what a strategy's `loss` sees.
+"""Model, task and strategies in one module: the only thing that accelerate wraps. Training, evaluation and
+generation all run inside its forward. `Step` is what a strategy's `loss` sees.
 
 Shapes: B rows, N scored units.
 """
@@ -88,7 +88,9 @@ class Step:
         """The model's outputs on a stream, computed once."""
         if stream not in self._outputs:
             if stream != "train" and stream not in self.streams:
-                raise RecipeError(f"there is no stream '{stream}'", f"streams of this stage: train, {', '.join(self.streams)}")
+                raise RecipeError(
+                    f"there is no stream '{stream}'", f"streams of this stage: train, {', '.join(self.streams)}"
+                )
             self._outputs[stream] = self.encode(self.batch if stream == "train" else self.streams[stream], stream)
         return self._outputs[stream]
 
@@ -99,7 +101,9 @@ class Step:
         randomness.seed_all("forward", name, nth, position.seed, position.step, position.micro_batch, position.rank)
         return self._bundle.encode(batch)
 
-    def mean(self, values: torch.Tensor, weight: torch.Tensor | None = None, unit: str = "example", stream: str = "train") -> torch.Tensor:
+    def mean(
+        self, values: torch.Tensor, weight: torch.Tensor | None = None, unit: str = "example", stream: str = "train"
+    ) -> torch.Tensor:
         """Sum of values (times weight), over the global count of that unit in the accumulation window on all ranks."""
         total = (values if weight is None else values * weight).sum()
         position = self._position
@@ -114,22 +118,34 @@ class Step:
         return scalar / self._position.micro_batches
 
     def gather(self, x: torch.Tensor, stream: str = "train") -> torch.Tensor:
-        """Rows of all ranks, in order. Differentiable: the backward sums over ranks, so that `once` of a loss over gathered
-        rows has the gradient of one process with all rows. `x` has one row, or equally many, for each row of the stream."""
+        """Rows of all ranks, in order. Differentiable: the backward sums over ranks, so that `once` of a loss over
+        gathered rows has the gradient of one process with all rows. `x` has one row, or equally many, for each row
+        of the stream."""
         position = self._position
         if position.world == 1:
             return x
         rows = position.rows[stream]
         times, rest = divmod(x.shape[0], max(rows[position.rank], 1))
         if rest:
-            raise RecipeError(f"gather: got {x.shape[0]} rows for {rows[position.rank]} rows of '{stream}'", "gather what has rows of the batch, then select")
+            raise RecipeError(
+                f"gather: got {x.shape[0]} rows for {rows[position.rank]} rows of '{stream}'",
+                "gather what has rows of the batch, then select",
+            )
         return _GatherRows.apply(x, [times * size for size in rows])
 
 
 class Bundle(nn.Module):
     """See the module's docstring. `strategies` in the order of the recipe."""
 
-    def __init__(self, loaded: Loaded, task: Task, strategies: dict[str, Strategy], label_smoothing: float = 0.0, chunk: int = 0, bf16: bool = False):
+    def __init__(
+        self,
+        loaded: Loaded,
+        task: Task,
+        strategies: dict[str, Strategy],
+        label_smoothing: float = 0.0,
+        chunk: int = 0,
+        bf16: bool = False,
+    ):
         super().__init__()
         self.model = loaded.model
         self.strategies = nn.ModuleDict(strategies)
@@ -145,14 +161,22 @@ class Bundle(nn.Module):
         return dict(self.strategies.items())  # type: ignore[arg-type]
 
     def train(self, mode: bool = True) -> Bundle:
-        """Modules that are frozen as a whole stay in eval mode: their dropout is off and their statistics stand still."""
+        """Modules that are frozen as a whole stay in eval mode: their dropout is off and their statistics stand
+        still."""
         super().train(mode)
         if mode:
             for module in _frozen_roots(self):
                 module.eval()
         return self
 
-    def forward(self, mode: str, batch: Batch, streams: dict[str, Batch] | None = None, position: Position | None = None, context: Any = None) -> Any:
+    def forward(
+        self,
+        mode: str,
+        batch: Batch,
+        streams: dict[str, Batch] | None = None,
+        position: Position | None = None,
+        context: Any = None,
+    ) -> Any:
         device = next(self.parameters()).device.type
         with torch.autocast(device, torch.bfloat16) if self.bf16 else nullcontext():
             if mode == "loss":
@@ -166,8 +190,8 @@ class Bundle(nn.Module):
             return self.task.predict(model, batch, context or {})
 
     def terms(self, batch: Batch, streams: dict[str, Batch], position: Position) -> dict[str, torch.Tensor]:
-        """Every term of the loss by name, normalised such that the sum of all micro-batches' backwards, averaged over ranks,
-        is the gradient of the whole window."""
+        """Every term of the loss by name, normalised such that the sum of all micro-batches' backwards, averaged
+        over ranks, is the gradient of the whole window."""
         where = (position.seed, position.step, position.micro_batch, position.rank)
         stack = self.stack()
         for name, strategy in self.changers.items():
@@ -182,7 +206,10 @@ class Bundle(nn.Module):
             values, weights, unit = self.task.loss(step.outputs, batch, self.label_smoothing)
             terms["task"] = weight * step.mean(values, weights, unit)
         elif not any(type(s).adds_objective for s in stack.values()):
-            raise RecipeError("nothing to train on: the task's loss has weight 0 and no strategy adds an objective", "add one, or raise the task's weight")
+            raise RecipeError(
+                "nothing to train on: the task's loss has weight 0 and no strategy adds an objective",
+                "add one, or raise the task's weight",
+            )
         else:
             step.outputs  # noqa: B018  the task's forward goes first, whatever the weights
         for name, strategy in self.objectives.items():
@@ -197,7 +224,10 @@ class Bundle(nn.Module):
             return self.task.forward(self.model, batch, **self.forward_kwargs)
         parts = []
         for start in range(0, rows, self.chunk):
-            part = {k: v[start : start + self.chunk] if isinstance(v, torch.Tensor) and v.dim() and len(v) == rows else v for k, v in batch.items()}
+            part = {
+                k: v[start : start + self.chunk] if isinstance(v, torch.Tensor) and v.dim() and len(v) == rows else v
+                for k, v in batch.items()
+            }
             parts.append(checkpoint(self.task.forward, self.model, part, use_reentrant=False, **self.forward_kwargs))
         return _concatenate(parts)
 
@@ -226,7 +256,9 @@ def _concatenate(parts: list[Any]) -> Any:
     if hasattr(first, "keys"):
         return type(first)(**{key: _concatenate([part[key] for part in parts]) for key in first})
     if hasattr(first, "__dataclass_fields__"):
-        return type(first)(**{key: _concatenate([getattr(part, key) for part in parts]) for key in first.__dataclass_fields__})
+        return type(first)(
+            **{key: _concatenate([getattr(part, key) for part in parts]) for key in first.__dataclass_fields__}
+        )
     return first
 
 
@@ -243,14 +275,18 @@ def merge_forward_kwargs(strategies: dict[str, Strategy]) -> dict[str, Any]:
     for name, strategy in strategies.items():
         for key, value in strategy.forward_kwargs.items():
             if key in merged and merged[key][1] != value:
-                raise RecipeError(f"'{merged[key][0]}' asks the model for {key}={merged[key][1]!r}, '{name}' for {value!r}", "use one of them")
+                raise RecipeError(
+                    f"'{merged[key][0]}' asks the model for {key}={merged[key][1]!r}, '{name}' for {value!r}",
+                    "use one of them",
+                )
             merged[key] = (name, value)
     return {key: value for key, (_, value) in merged.items()}
 
 
 @dataclass
 class Frozen:
-    """A frozen model, or an ensemble of them, that a strategy may ask. No module, so that nobody trains, saves or exports it."""
+    """A frozen model, or an ensemble of them, that a strategy may ask. No module, so that nobody trains, saves or
+    exports it."""
 
     members: list[Loaded]
     task: Task

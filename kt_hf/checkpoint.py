@@ -1,5 +1,5 @@
-"""Checkpoints: staged, hashed while written, fsynced, renamed into place. Tensors in safetensors, facts in JSON; nothing is
-pickled.
+"""Checkpoints: staged, hashed while written, fsynced, renamed into place. Tensors in safetensors, facts in JSON;
+nothing is pickled.
 
     step-000120/
       state.safetensors   model/<name>, strategies/<name>, optim/<parameter>/<key>
@@ -15,7 +15,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,9 @@ def disk(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise ResourceError(f"the disk is full: {folder}", "free some space and run again; nothing that was saved is lost") from error
+            raise ResourceError(
+                f"the disk is full: {folder}", "free some space and run again; nothing that was saved is lost"
+            ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise ResourceError(f"cannot write to {folder}: {error.strerror}", "choose another --output-dir") from error
         raise
@@ -73,7 +75,11 @@ def tensor_chunks(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | N
     offset = 0
     for name, tensor in tensors.items():
         size = tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, offset + size]}
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + size],
+        }
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -100,7 +106,14 @@ def write_manifest(folder: Path, files: dict[str, dict[str, Any]], **facts: Any)
     write_json(folder / "manifest.json", {"format": "kt_hf.checkpoint/1", "files": files, **facts})
 
 
-def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], facts: dict[str, Any], keep: int, protect: set[str] = frozenset()) -> Path:  # type: ignore[assignment]
+def save(
+    folder: Path,
+    step: int,
+    tensors: dict[str, torch.Tensor],
+    facts: dict[str, Any],
+    keep: int,
+    protect: Collection[str] = (),
+) -> Path:  # type: ignore[assignment]
     """Save a checkpoint as `folder/step-<step>` and remove the oldest beyond `keep`, never those in `protect`."""
     final = folder / f"step-{step:06d}"
     staged = folder / f".{final.name}.partial"
@@ -119,7 +132,7 @@ def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], facts: dict[
         except OSError:
             shutil.rmtree(staged, ignore_errors=True)
             raise
-    rotate(folder, keep, protect | {final.name})
+    rotate(folder, keep, {*protect, final.name})
     return final
 
 
@@ -147,7 +160,9 @@ def verify(folder: Path) -> dict[str, Any]:
         if not {"state.safetensors", "trainer.json"} <= set(expected):
             raise KeyError("files")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise IntegrityError(f"{folder} has no readable manifest", "it was not written to its end; remove it") from error
+        raise IntegrityError(
+            f"{folder} has no readable manifest", "it was not written to its end; remove it"
+        ) from error
     for name, sha256 in expected.items():
         path = folder / name
         if Path(name).name != name:
@@ -157,7 +172,10 @@ def verify(folder: Path) -> dict[str, Any]:
         with open(path, "rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != sha256:
-            raise IntegrityError(f"{path}: sha256 is {found[:12]}..., the manifest says {sha256[:12]}...", "remove the folder; the run continues from what is intact")
+            raise IntegrityError(
+                f"{path}: sha256 is {found[:12]}..., the manifest says {sha256[:12]}...",
+                "remove the folder; the run continues from what is intact",
+            )
     return manifest
 
 
@@ -178,11 +196,17 @@ def load_into(path: Path, tensors: dict[str, torch.Tensor], strict: bool = True)
         names = set(file.keys())
         missing = [name for name in tensors if name not in names]
         if missing and strict:
-            raise IntegrityError(f"{path} lacks {missing[0]} ({len(missing)} tensors)", "the recipe has changed; use --overwrite to start anew")
+            raise IntegrityError(
+                f"{path} lacks {missing[0]} ({len(missing)} tensors)",
+                "the recipe has changed; use --overwrite to start anew",
+            )
         for name, tensor in tensors.items():
             saved = file.get_tensor(name)
             if saved.shape != tensor.shape:
-                raise IntegrityError(f"{path}: {name} is {tuple(saved.shape)}, the model has {tuple(tensor.shape)}", "use --overwrite to start anew")
+                raise IntegrityError(
+                    f"{path}: {name} is {tuple(saved.shape)}, the model has {tuple(tensor.shape)}",
+                    "use --overwrite to start anew",
+                )
             tensor.copy_(saved)
     return names - set(tensors)
 

@@ -22,8 +22,18 @@ def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 
 
-def predict(bundle: Any, inner: Any, accelerator: Any, info: DataInfo, split: str, batch_size: int, workers: int = 0, mode: str = "predict") -> dict[str, np.ndarray]:
-    """Predictions on a split, sorted by `index`, equal on every process. `bundle` is the wrapped module, `inner` the bundle."""
+def predict(
+    bundle: Any,
+    inner: Any,
+    accelerator: Any,
+    info: DataInfo,
+    split: str,
+    batch_size: int,
+    workers: int = 0,
+    mode: str = "predict",
+) -> dict[str, np.ndarray]:
+    """Predictions on a split, sorted by `index`, equal on every process. `bundle` is the wrapped module, `inner` the
+    bundle."""
     task, loaded = inner.task, inner.loaded
     with accelerator.main_process_first():  # the others find what it has preprocessed
         rows = Rows(info, split, task, loaded)
@@ -54,7 +64,10 @@ def _gather(found: list[dict[str, torch.Tensor]], accelerator: Any) -> dict[str,
         local = {k: accelerator.gather(v.to(accelerator.device).contiguous()).cpu() for k, v in local.items()}
     real = local["index"] >= 0
     order = torch.argsort(local["index"][real], stable=True)
-    return {key: value[real][order].float().numpy() if value.dtype == torch.bfloat16 else value[real][order].numpy() for key, value in local.items()}
+    return {
+        key: value[real][order].float().numpy() if value.dtype == torch.bfloat16 else value[real][order].numpy()
+        for key, value in local.items()
+    }
 
 
 def measure(task: Task, loaded: Loaded, info: DataInfo, predictions: dict[str, np.ndarray]) -> Scores:

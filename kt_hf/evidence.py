@@ -538,7 +538,9 @@ def _notes(stages: Sequence[StageEvidence], entries: Sequence[Mapping[str, Any]]
         )
     notes += _unequal_choices(stages)
     if any(s.kind in ("merge", "ensemble") for s in stages):
-        notes.append("Seconds are those of the stage itself: what it builds on (source, teacher, parents) is not in them.")
+        notes.append(
+            "Seconds are those of the stage itself: what it builds on (source, teacher, parents) is not in them."
+        )
     single = [s.name for s in stages if len(s.seeds) == 1 and not s.is_fixed]
     if single:
         notes.append(

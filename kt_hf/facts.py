@@ -61,7 +61,15 @@ class Run:
         return self._frozen[key]
 
 
-def load_frozen(model: Model, task: Task, info: DataInfo, device: torch.device, student: Loaded | None, name: str, bf16: bool = False) -> Frozen:
+def load_frozen(
+    model: Model,
+    task: Task,
+    info: DataInfo,
+    device: torch.device,
+    student: Loaded | None,
+    name: str,
+    bf16: bool = False,
+) -> Frozen:
     """A model directory or a folder of ensemble members, frozen."""
     from kt_hf import ensembling
 
@@ -85,8 +93,14 @@ def _agree(task: Task, student: Loaded, teacher: Loaded, name: str, frozen: Froz
     ours, theirs = task.signature(student), task.signature(teacher)
     for key in ours.keys() & theirs.keys() - {"labels", "num_scores", "vocabulary_size", "preprocessing"}:
         if ours[key] != theirs[key]:
-            remedy = "give the student model.processor of the teacher" if key != "vocabulary" else "take a teacher with the same tokenizer"
-            raise RecipeError(f"teacher '{name}' and student differ in {key}: {_difference(theirs[key], ours[key])}", remedy)
+            remedy = (
+                "give the student model.processor of the teacher"
+                if key != "vocabulary"
+                else "take a teacher with the same tokenizer"
+            )
+            raise RecipeError(
+                f"teacher '{name}' and student differ in {key}: {_difference(theirs[key], ours[key])}", remedy
+            )
     if "num_scores" in ours:
         frozen.num_scores = ours["num_scores"]
     labels, known = ours.get("labels"), theirs.get("labels")
@@ -94,7 +108,10 @@ def _agree(task: Task, student: Loaded, teacher: Loaded, name: str, frozen: Froz
         return []
     if set(labels) != set(known):
         only = sorted(set(labels) ^ set(known))
-        raise RecipeError(f"teacher '{name}' and student do not have the same labels: {', '.join(only[:8])}", "train the teacher on the same classes")
+        raise RecipeError(
+            f"teacher '{name}' and student do not have the same labels: {', '.join(only[:8])}",
+            "train the teacher on the same classes",
+        )
     return [known.index(label) for label in labels]
 
 

@@ -1,9 +1,9 @@
-"""What one optimizer step eats: its window of micro-batches of `train` and of every extra stream, and how many of their rows
-count on every rank."""
+"""What one optimizer step eats: its window of micro-batches of `train` and of every extra stream, and how many of
+their rows count on every rank."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +55,10 @@ class Feed:
         for owner, strategy in self.strategies.items():
             for name, stream in strategy.streams().items():
                 if name in owners and owners[name][1] != stream:
-                    raise RecipeError(f"'{owners[name][0]}' and '{owner}' ask for different streams '{name}'", "use one of them in this stage")
+                    raise RecipeError(
+                        f"'{owners[name][0]}' and '{owner}' ask for different streams '{name}'",
+                        "use one of them in this stage",
+                    )
                 if name not in owners:
                     owners[name] = owner, stream
                     self.sources.update(self._extra(owner, name, stream))
@@ -80,9 +83,11 @@ class Feed:
 
     def windows(self, stream: str, start: int, stop: int) -> Windows:
         run = self.run
-        return Windows(self.sources[stream].plan, start, stop, run.world, run.rank, self.training.gradient_accumulation_steps)
+        return Windows(
+            self.sources[stream].plan, start, stop, run.world, run.rank, self.training.gradient_accumulation_steps
+        )
 
-    def steps(self, start: int) -> Iterator[tuple[list[dict[str, Batch]], list[Sizes]]]:
+    def steps(self, start: int) -> Generator[tuple[list[dict[str, Batch]], list[Sizes]], None, None]:
         """For every step its window: the micro-batches by stream, and how many of their rows count."""
         pin = self.run.device.type == "cuda"
         workers, micro_batches = self.training.dataloader_num_workers, self.training.gradient_accumulation_steps
@@ -118,7 +123,9 @@ def batch_plan(run: Run, training: Training, strategies: dict[str, Strategy]) ->
     """How training rows become global batches: a permutation of each epoch, or what a strategy's `batches` says."""
     rows = run.info.splits["train"]
     custom = next((s.batches for s in strategies.values() if s.batches is not None), None)
-    return Plan(len(rows), global_batch(training, run.world), training.seed, training.dataloader_drop_last, custom, rows)
+    return Plan(
+        len(rows), global_batch(training, run.world), training.seed, training.dataloader_drop_last, custom, rows
+    )
 
 
 def global_batch(training: Training, world: int) -> int:

@@ -69,10 +69,18 @@ class Predictor:
 def _accelerator() -> Any:
     from accelerate import Accelerator
 
+    return Accelerator()
+
+
+def _settle_model(model: str) -> str:
+    """A stage's folder stands for the model in it."""
     from kt_hf.runner import quiet_libraries
 
     quiet_libraries()
-    return Accelerator()
+    folder = Path(model)
+    known = ("config.json", "ensemble.json", loading.ADAPTER, "open_clip_config.json")
+    inside = not any((folder / name).is_file() for name in known) and (folder / "model").is_dir()
+    return str(folder / "model") if inside else model
 
 
 # --- which task ------------------------------------------------------------------------------------------------------
@@ -91,8 +99,7 @@ def infer_task(model: str) -> str | None:
         adapter = json.loads((folder / loading.ADAPTER).read_text())
         return ADAPTERS.get(adapter.get("task_type")) or infer_task(adapter["base_model_name_or_path"])
     if folder.is_dir() and not (folder / "config.json").is_file():
-        inside = " (a stage's folder: name its model/ folder)" if (folder / "model").is_dir() else ""
-        raise RecipeError(f"'{model}' has no config.json{inside}", "name a model's folder or a Hub id")
+        raise RecipeError(f"'{model}' has no config.json", "name a model's folder or a Hub id")
     names = loading.config_of(Model(path=model)).architectures or []
     return next((task for name in names for end, task in ARCHITECTURES.items() if name.endswith(end)), None)
 
@@ -143,6 +150,7 @@ def predict(
     Classes come with `prediction` and `probability`; generated texts with the geometric mean of their tokens'
     probabilities.
     """
+    model = _settle_model(model)
     name = task or infer_task(model)
     if name is None:
         raise RecipeError(
@@ -270,6 +278,7 @@ def evaluate(model: str, data: str, settings: Sequence[str] = (), *, task: str |
 
     Intervals are 95 %, over examples. settings: `data.KEY=VALUE`, as for a recipe.
     """
+    model = _settle_model(model)
     stage, checked = _stage(model, data, settings, task)
     name = grammar.named(stage.task)[0] if stage.task else infer_task(model)
     if name is None:

@@ -9,6 +9,8 @@ import functools
 import hashlib
 import inspect
 import json
+import sys
+import uuid
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +28,7 @@ from kt_hf.task import Batch, Loaded, Task
 _MEMORY_LIMIT = 256 * 2**20
 """Bytes of preprocessed images per split up to which they are kept in memory."""
 _prepared: dict[str, Any] = {}
+_NO_SOURCE = uuid.uuid4().hex
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,9 @@ class Plan:
 
     def _custom(self, epoch: int) -> list[np.ndarray]:
         assert self.custom is not None
-        found = [np.asarray(rows, dtype=np.int64) for rows in self.custom(self.data, self.global_batch, self.seed, epoch)]
+        found = [
+            np.asarray(rows, dtype=np.int64) for rows in self.custom(self.data, self.global_batch, self.seed, epoch)
+        ]
         if not found:
             raise RecipeError(f"`batches` gave no batch in epoch {epoch}", "give at least one; a batch may be empty")
         return found
@@ -88,7 +93,10 @@ class Windows:
 
     def __init__(self, plan: Plan, start: int, stop: int, world: int, rank: int, micro_batches: int):
         if plan.steps_per_epoch == 0:
-            raise DataError(f"{plan.num_rows} training rows do not fill a batch of {plan.global_batch}", "lower the batch size, or dataloader_drop_last=false")
+            raise DataError(
+                f"{plan.num_rows} training rows do not fill a batch of {plan.global_batch}",
+                "lower the batch size, or dataloader_drop_last=false",
+            )
         self.plan, self.start, self.stop = plan, start, stop
         self.world, self.rank, self.micro_batches = world, rank, micro_batches
 
@@ -120,7 +128,16 @@ class Windows:
 class Rows(Dataset):
     """One split, preprocessed. Items are asked for as (epoch, position)."""
 
-    def __init__(self, info: DataInfo, split: str, task: Task, loaded: Loaded, augment: Any = None, seed: int = 0, train: bool = False):
+    def __init__(
+        self,
+        info: DataInfo,
+        split: str,
+        task: Task,
+        loaded: Loaded,
+        augment: Any = None,
+        seed: int = 0,
+        train: bool = False,
+    ):
         self.task, self.loaded, self.augment, self.seed, self.train = task, loaded, augment, seed, train
         self.source = info.splits[split]
         self.random = train and (augment is not None or getattr(task, "random_rows", False))
@@ -164,7 +181,9 @@ def _with_index(columns: dict[str, Any], raw: dict[str, Any]) -> list[dict[str, 
     return _split_rows({**columns, "index": raw["index"]})
 
 
-def _deterministic(source: datasets.Dataset, info: DataInfo, split: str, task: Task, loaded: Loaded, train: bool) -> Any:
+def _deterministic(
+    source: datasets.Dataset, info: DataInfo, split: str, task: Task, loaded: Loaded, train: bool
+) -> Any:
     """Preprocessed rows that do not depend on the epoch: on disk for text, in memory for small images, else None."""
     key = preprocessing_key(info, split, task, loaded, train)
     if key in _prepared:
@@ -175,7 +194,9 @@ def _deterministic(source: datasets.Dataset, info: DataInfo, split: str, task: T
             return dict(_preprocess(task, rows, loaded, train, None))
 
         drop = [c for c in source.column_names if c != "index"]
-        ready: Any = source.map(work, batched=True, remove_columns=drop, new_fingerprint=key, desc=None, load_from_cache_file=True)
+        ready: Any = source.map(
+            work, batched=True, remove_columns=drop, new_fingerprint=key, desc=None, load_from_cache_file=True
+        )
     else:
         ready = _in_memory(source, task, loaded, train)
     while len(_prepared) > 32:
@@ -196,11 +217,20 @@ def _in_memory(source: datasets.Dataset, task: Task, loaded: Loaded, train: bool
 
 
 def preprocessing_key(info: DataInfo, split: str, task: Task, loaded: Loaded, train: bool) -> str:
-    """What preprocessed rows depend on: the rows, the task's code and settings, the processor and the order of labels."""
-    code = [inspect.getsource(inspect.getmodule(cls)) for cls in type(task).__mro__ if cls.__module__ not in ("builtins", "typing") and inspect.getmodule(cls)]  # type: ignore[arg-type]
+    """What preprocessed rows depend on: the rows, the task's code and settings, the processor and the order of
+    labels."""
+    code = [_source(cls) for cls in type(task).__mro__ if cls.__module__ not in ("builtins", "typing")]
     signature = json.dumps([task.signature(loaded), vars(task), loaded.label_ids], default=str, sort_keys=True)
     parts = repr((info.fingerprint, split, train, code, signature, datasets.__version__))
     return hashlib.sha256(parts.encode()).hexdigest()[:32]
+
+
+def _source(cls: type) -> str:
+    """The module's code; where it has no file (a notebook), a word of this process, so that nothing is reused later."""
+    try:
+        return inspect.getsource(sys.modules[cls.__module__])
+    except (OSError, TypeError, KeyError):
+        return _NO_SOURCE
 
 
 def transforms(spec: Sequence[Any] | None) -> Any:
@@ -214,11 +244,16 @@ def transforms(spec: Sequence[Any] | None) -> Any:
         name, given = (item, {}) if isinstance(item, str) else next(iter(item.items()))
         cls = getattr(v2, name, None)
         if not (isinstance(cls, type) and issubclass(cls, v2.Transform)):
-            raise RecipeError(f"data.augment: torchvision has no transform '{name}'", nearest(name, [n for n in dir(v2) if n[0].isupper()]))
+            raise RecipeError(
+                f"data.augment: torchvision has no transform '{name}'",
+                nearest(name, [n for n in dir(v2) if n[0].isupper()]),
+            )
         try:
             steps.append(cls(**(given or {})))
         except (TypeError, ValueError) as error:
-            raise RecipeError(f"data.augment.{name}: {error}", "see the transform's arguments in torchvision.transforms.v2") from error
+            raise RecipeError(
+                f"data.augment.{name}: {error}", "see the transform's arguments in torchvision.transforms.v2"
+            ) from error
     return v2.Compose(steps)
 
 
@@ -250,7 +285,10 @@ def load_batches(rows: Rows, batches: Any, num_workers: int, pin: bool) -> Gener
         yield from loader
     except RuntimeError as error:
         if "DataLoader worker" in str(error):
-            raise ResourceError(f"a data worker died: {' '.join(str(error).split())[:200]}", "it may have run out of memory; lower dataloader_num_workers") from error
+            raise ResourceError(
+                f"a data worker died: {' '.join(str(error).split())[:200]}",
+                "it may have run out of memory; lower dataloader_num_workers",
+            ) from error
         raise
 
 

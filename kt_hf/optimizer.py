@@ -23,12 +23,19 @@ def schedule(training: Training, planned_steps: int) -> Callable[[int], float]:
     warmup = training.warmup_steps or math.ceil(training.warmup_ratio * planned_steps)
     known = [s.value for s in SchedulerType if s.value not in ("reduce_lr_on_plateau", "greedy")]
     if training.lr_scheduler_type not in known:
-        raise RecipeError(f"training.lr_scheduler_type: got '{training.lr_scheduler_type}'", nearest(training.lr_scheduler_type, known))
+        raise RecipeError(
+            f"training.lr_scheduler_type: got '{training.lr_scheduler_type}'",
+            nearest(training.lr_scheduler_type, known),
+        )
     # Some schedules end in an absolute rate: the carrier must have the run's.
     carrier = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=base_rate(training))
     try:
         made = get_scheduler(
-            training.lr_scheduler_type, carrier, warmup, max(planned_steps, 1), scheduler_specific_kwargs=training.lr_scheduler_kwargs
+            training.lr_scheduler_type,
+            carrier,
+            warmup,
+            max(planned_steps, 1),
+            scheduler_specific_kwargs=training.lr_scheduler_kwargs,
         )
     except (TypeError, ValueError) as error:
         raise RecipeError(f"training.lr_scheduler_kwargs: {error}", "see transformers.get_scheduler") from error
@@ -60,7 +67,9 @@ def groups(bundle: nn.Module, strategies: dict[str, Strategy], weight_decay: flo
                 factor *= scale
         decay = weight_decay if parameter.dim() > 1 else 0.0
         key = (factor, tuple(functions), decay)
-        group = found.setdefault(key, {"params": [], "names": [], "weight_decay": decay, "factor": factor, "functions": functions})
+        group = found.setdefault(
+            key, {"params": [], "names": [], "weight_decay": decay, "factor": factor, "functions": functions}
+        )
         group["params"].append(parameter)
         group["names"].append(name)
     return list(found.values())
@@ -98,7 +107,9 @@ def state_tensors(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> di
     return found
 
 
-def restore_state(optimizer: torch.optim.Optimizer, names: dict[int, str], tensors: dict[str, torch.Tensor], device: torch.device) -> None:
+def restore_state(
+    optimizer: torch.optim.Optimizer, names: dict[int, str], tensors: dict[str, torch.Tensor], device: torch.device
+) -> None:
     """The reverse of `state_tensors`."""
     by_parameter: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
@@ -111,7 +122,9 @@ def restore_state(optimizer: torch.optim.Optimizer, names: dict[int, str], tenso
                 optimizer.state[parameter][key] = _restored(optimizer, group, key, tensor, parameter.device)
 
 
-def _restored(optimizer: torch.optim.Optimizer, group: dict[str, Any], key: str, tensor: torch.Tensor, device: torch.device) -> Any:
+def _restored(
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], key: str, tensor: torch.Tensor, device: torch.device
+) -> Any:
     """A saved entry as the optimizer keeps it: counters are numbers (Adafactor) or live on the CPU (unless fused)."""
     if key == "step":
         if type(optimizer).__name__ == "Adafactor":

@@ -24,10 +24,11 @@ from tqdm.auto import tqdm
 from kt_hf import checkpoint, evaluation, optimizer, randomness
 from kt_hf.bundle import Bundle, Position
 from kt_hf.errors import DataError, NonFiniteError, RecipeError
-from kt_hf.feed import Feed, Sizes, global_batch
-from kt_hf.loader import Plan, transforms as transforms  # the plan checks transforms before data are read
-from kt_hf.recipe import Data, Training
 from kt_hf.facts import Run
+from kt_hf.feed import Feed, Sizes, global_batch
+from kt_hf.loader import Plan  # the plan checks transforms before data are read
+from kt_hf.loader import transforms as transforms
+from kt_hf.recipe import Data, Training
 from kt_hf.strategy import Strategy
 from kt_hf.task import Batch, Loaded
 
@@ -51,7 +52,17 @@ class Result:
 class Trainer:
     """One training: a stage with one seed."""
 
-    def __init__(self, run: Run, loaded: Loaded, strategies: dict[str, Strategy], training: Training, data: Data, track: Callable[..., None] | None = None, stream_info: Any = None, until: float = 1.0):
+    def __init__(
+        self,
+        run: Run,
+        loaded: Loaded,
+        strategies: dict[str, Strategy],
+        training: Training,
+        data: Data,
+        track: Callable[..., None] | None = None,
+        stream_info: Any = None,
+        until: float = 1.0,
+    ):
         self.run_facts, self.loaded, self.strategies, self.training, self.data = run, loaded, strategies, training, data
         self.accelerator, self.task, self.info = run.accelerator, run.task, run.info
         self.track, self.stream_info = track, stream_info
@@ -83,7 +94,8 @@ class Trainer:
             self.release()
 
     def release(self) -> None:
-        """Let go of the model: accelerate keeps every one that it ever prepared (`free_memory` would also collect garbage, 0.3 s)."""
+        """Let go of the model: accelerate keeps every one that it ever prepared (`free_memory` would also collect
+        garbage, 0.3 s)."""
         prepared = self.accelerator._models
         prepared[:] = [model for model in prepared if model is not self.wrapped]
 
@@ -91,7 +103,10 @@ class Trainer:
         """Choosing the best model needs something to choose on."""
         for setting in ("load_best_model_at_end", "early_stopping_patience"):
             if getattr(self.training, setting) and "validation" not in self.info.splits:
-                raise RecipeError(f"training.{setting}: the data have no validation split", "hold some rows out: data.validation_size=0.1")
+                raise RecipeError(
+                    f"training.{setting}: the data have no validation split",
+                    "hold some rows out: data.validation_size=0.1",
+                )
 
     def prepare_model(self) -> None:
         """`setup`, then `ready`, each with generators seeded from what it is."""
@@ -106,14 +121,20 @@ class Trainer:
         for name, strategy in self.strategies.items():
             randomness.seed_all("ready", name, run.seed)
             strategy.ready(model, run)
-        self.bundle = Bundle(self.loaded, self.task, self.strategies, t.label_smoothing_factor, t.forward_chunk_size, t.bf16).to(run.device)
+        self.bundle = Bundle(
+            self.loaded, self.task, self.strategies, t.label_smoothing_factor, t.forward_chunk_size, t.bf16
+        ).to(run.device)
         self.trainable = list(optimizer.named_trainable(self.bundle).values())
         if not self.trainable:
-            raise RecipeError("nothing is trainable: every parameter is frozen", "freeze less, or use an evaluate stage")
+            raise RecipeError(
+                "nothing is trainable: every parameter is frozen", "freeze less, or use an evaluate stage"
+            )
         self.names = {id(p): name for name, p in self.bundle.named_parameters()}
         self.base_rate = optimizer.base_rate(t)
         self.factor_at = optimizer.schedule(t, run.planned_steps)
-        self.optimizer = optimizer.build(t, optimizer.groups(self.bundle, self.strategies, t.weight_decay), self.base_rate)
+        self.optimizer = optimizer.build(
+            t, optimizer.groups(self.bundle, self.strategies, t.weight_decay), self.base_rate
+        )
         self.backward_hook = next((s.backward for s in self.strategies.values() if s.backward is not None), None)
 
     def wrap(self) -> None:
@@ -137,7 +158,9 @@ class Trainer:
         for buffer, before in buffers:
             buffer.data.copy_(before)
         reached = _reached(list(terms.values()))
-        missing = torch.tensor(any(id(p) not in reached for p in self.trainable), dtype=torch.int32, device=self.run_facts.device)
+        missing = torch.tensor(
+            any(id(p) not in reached for p in self.trainable), dtype=torch.int32, device=self.run_facts.device
+        )
         torch.distributed.all_reduce(missing, torch.distributed.ReduceOp.MAX)
         return bool(missing)
 
@@ -149,9 +172,16 @@ class Trainer:
         self.bad = torch.full((), -1, dtype=torch.int64, device=run.device)
         quiet = not (self.accelerator.is_main_process and sys.stderr.isatty())
         steps = self.feed.steps(start)
-        with tqdm(total=self.stop_at, initial=start, desc=run.folder.name, disable=quiet, leave=False, dynamic_ncols=True) as bar, closing(steps):
+        with (
+            tqdm(
+                total=self.stop_at, initial=start, desc=run.folder.name, disable=quiet, leave=False, dynamic_ncols=True
+            ) as bar,
+            closing(steps),
+        ):
             for step, (window, sizes) in enumerate(steps, start):
-                window = [{name: evaluation.to_device(batch, run.device) for name, batch in micro.items()} for micro in window]
+                window = [
+                    {name: evaluation.to_device(batch, run.device) for name, batch in micro.items()} for micro in window
+                ]
                 self.step(step, window, sizes)
                 bar.update()
                 done = step + 1
@@ -186,7 +216,10 @@ class Trainer:
                         self.accelerator.backward(compute(i))
         except RuntimeError as error:
             if "finished reduction" in str(error):
-                raise RecipeError("the loss stopped reaching some trained weights in mid-run, which DDP cannot follow", "let the term fade with a factor instead") from error
+                raise RecipeError(
+                    "the loss stopped reaching some trained weights in mid-run, which DDP cannot follow",
+                    "let the term fade with a factor instead",
+                ) from error
             raise
         self.update(step, positions[0].progress)
 
@@ -194,7 +227,10 @@ class Trainer:
         """The sum of the terms that have a gradient; all are added up for the log."""
         trained = [value.float() for value in terms.values() if value.requires_grad]
         if not trained:
-            raise RecipeError(f"no term of the loss depends on a trained weight (terms: {', '.join(terms) or 'none'})", "freeze less, or add an objective")
+            raise RecipeError(
+                f"no term of the loss depends on a trained weight (terms: {', '.join(terms) or 'none'})",
+                "freeze less, or add an objective",
+            )
         total = torch.stack(trained).sum() if len(trained) > 1 else trained[0]
         for name, value in {**terms, "loss": total}.items():
             value = value.detach().float()
@@ -210,7 +246,9 @@ class Trainer:
             if scale == 0:  # as if frozen: no decay, no moments, no part in the norm
                 for parameter in group["params"]:
                     parameter.grad = None
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.trainable if p.grad is not None], foreach=True).to(self.bad.device)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.trainable if p.grad is not None], foreach=True).to(
+            self.bad.device
+        )
         self.guard(step, norm)
         if t.max_grad_norm:
             torch.nn.utils.clip_grads_with_norm_(self.trainable, t.max_grad_norm, norm, foreach=True)
@@ -222,7 +260,8 @@ class Trainer:
     def guard(self, step: int, norm: torch.Tensor) -> None:
         """Note the first step whose loss or gradient is not finite, without waiting for the device.
 
-        From that step on no update is made: by the fused optimizer on the device, and at once on a CPU, where looking is free.
+        From that step on no update is made: by the fused optimizer on the device, and at once on a CPU, where
+        looking is free.
         """
         finite = torch.isfinite(norm) & torch.isfinite(self.log_terms["loss"])
         self.bad = torch.where((self.bad < 0) & ~finite, torch.full_like(self.bad, step), self.bad)
@@ -240,7 +279,9 @@ class Trainer:
                 counts = size[stream][self.run_facts.rank] > 0
                 for unit, n in self.task.units(batch).items():
                     local[stream, unit] = local.get((stream, unit), 0) + (n if counts else n * 0)
-        values = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.run_facts.device) for v in local.values()])
+        values = torch.stack(
+            [torch.as_tensor(v, dtype=torch.float32, device=self.run_facts.device) for v in local.values()]
+        )
         if self.run_facts.world > 1:
             torch.distributed.all_reduce(values)
         found: dict[str, dict[str, Any]] = {}
@@ -250,7 +291,9 @@ class Trainer:
 
     def position(self, step: int, i: int, n: int, counts: Any, sizes: Sizes) -> Position:
         run = self.run_facts
-        return Position(step, step / max(run.planned_steps, 1), i, n, self.training.seed, run.rank, run.world, counts, sizes)
+        return Position(
+            step, step / max(run.planned_steps, 1), i, n, self.training.seed, run.rank, run.world, counts, sizes
+        )
 
     def cadence(self, every: float | None, default_epoch: bool) -> int:
         if every is None:
@@ -274,7 +317,14 @@ class Trainer:
         self.curve.append(point)
         bar.set_postfix(loss=f"{point['loss']:.4f}", lr=f"{self.rate:.2e}")
         if self.track is not None:
-            self.track({"train/loss": point["loss"], "train/learning_rate": self.rate, **{f"train/{k}": v for k, v in terms.items()}}, done)
+            self.track(
+                {
+                    "train/loss": point["loss"],
+                    "train/learning_rate": self.rate,
+                    **{f"train/{k}": v for k, v in terms.items()},
+                },
+                done,
+            )
         logger.debug("step %d: loss %.4f", done, point["loss"])
 
     def share_log_terms(self) -> None:
@@ -305,17 +355,31 @@ class Trainer:
         """Measure on validation data; keep what the choice of the best needs."""
         if "validation" not in self.info.splits:
             return
-        found = evaluation.predict(self.wrapped, self.bundle, self.accelerator, self.info, "validation", self.training.per_device_eval_batch_size)
+        found = evaluation.predict(
+            self.wrapped,
+            self.bundle,
+            self.accelerator,
+            self.info,
+            "validation",
+            self.training.per_device_eval_batch_size,
+        )
         scores = evaluation.measure(self.task, self.loaded, self.info, found)
         self.evaluations.append({"step": done, **scores.metrics})
         if self.track is not None:
             self.track({f"validation/{k}": v for k, v in scores.metrics.items()}, done)
         name, higher = self.selection()
         if name not in scores.metrics:
-            raise RecipeError(f"training.metric_for_best_model: there is no metric '{name}'", f"valid: {', '.join(scores.metrics)}")
+            raise RecipeError(
+                f"training.metric_for_best_model: there is no metric '{name}'", f"valid: {', '.join(scores.metrics)}"
+            )
         value = scores.metrics[name]
         better = self.best["value"] is None or (value > self.best["value"] if higher else value < self.best["value"])
-        logger.info("%s step %d: %s", self.run_facts.folder.name, done, ", ".join(f"{k} {v:.4f}" for k, v in scores.metrics.items()))
+        logger.info(
+            "%s step %d: %s",
+            self.run_facts.folder.name,
+            done,
+            ", ".join(f"{k} {v:.4f}" for k, v in scores.metrics.items()),
+        )
         if better:
             self.best = {"step": done, "value": value, "waited": 0}
             if self.training.load_best_model_at_end and done < self.run_facts.planned_steps:
@@ -339,8 +403,8 @@ class Trainer:
         return self.run_facts.folder / "checkpoints"
 
     def model_tensors(self) -> dict[str, torch.Tensor]:
-        """What training changes: trained weights, buffers, and all that strategies registered. Frozen weights of the model come
-        from where it was loaded."""
+        """What training changes: trained weights, buffers, and all that strategies registered. Frozen weights of the
+        model come from where it was loaded."""
         frozen = {p.data_ptr() for p in self.bundle.model.parameters() if not p.requires_grad and p.numel()}
         found: dict[str, torch.Tensor] = {}
         seen: set[int] = set()
@@ -375,7 +439,9 @@ class Trainer:
         }
         if self.accelerator.is_main_process:
             protect = {f"step-{self.best['step']:06d}"} if self.best["step"] else set()
-            checkpoint.save(self.checkpoints, done, {**tensors, **state}, facts, self.training.save_total_limit, protect)
+            checkpoint.save(
+                self.checkpoints, done, {**tensors, **state}, facts, self.training.save_total_limit, protect
+            )
         self.accelerator.wait_for_everyone()
 
     def resume(self) -> int:
@@ -387,7 +453,9 @@ class Trainer:
         self.check_same(path, facts)
         rest = checkpoint.load_into(path, self.model_tensors())
         saved = checkpoint.read_tensors(path, {name for name in rest if name.startswith("optim/")})
-        optimizer.restore_state(self.optimizer, self.names, {k.removeprefix("optim/"): v for k, v in saved.items()}, self.run_facts.device)
+        optimizer.restore_state(
+            self.optimizer, self.names, {k.removeprefix("optim/"): v for k, v in saved.items()}, self.run_facts.device
+        )
         self.curve, self.evaluations, self.best = facts["curve"], facts["evaluations"], facts["best"]
         logger.warning("%s: resumed at step %d", self.run_facts.folder.name, facts["step"])
         device = self.run_facts.device
@@ -399,13 +467,19 @@ class Trainer:
     def check_same(self, path: Path, facts: dict[str, Any]) -> None:
         """Refuse a checkpoint whose steps would mean something else now."""
         if facts["data"] != self.info.fingerprint:
-            raise RecipeError(f"{path}: the training data have changed since", "restore them, or start anew with --overwrite")
-        if facts["labels"] != self.loaded.labels:
-            raise RecipeError(f"{path}: the labels were {facts['labels']}, now they are {self.loaded.labels}", "restore them, or start anew with --overwrite")
-        world, former = self.run_facts.world, facts["global_batch"]
-        if former != global_batch(self.training, world):
             raise RecipeError(
-                f"{path}: a step took {former} rows, now it is {global_batch(self.training, world)} ({world} processes)",
+                f"{path}: the training data have changed since", "restore them, or start anew with --overwrite"
+            )
+        if facts["labels"] != self.loaded.labels:
+            raise RecipeError(
+                f"{path}: the labels were {facts['labels']}, now they are {self.loaded.labels}",
+                "restore them, or start anew with --overwrite",
+            )
+        world, former = self.run_facts.world, facts["global_batch"]
+        now = global_batch(self.training, world)
+        if former != now:
+            raise RecipeError(
+                f"{path}: a step took {former} rows, now it is {now} ({world} processes)",
                 f"keep their product: processes x per_device_train_batch_size x gradient_accumulation_steps = {former}",
             )
 
@@ -425,7 +499,9 @@ class Trainer:
             model = strategy.export(model)
         model.eval()
         self.loaded.model = model
-        examples = min(steps * global_batch(self.training, self.run_facts.world), steps * len(self.info.splits["train"]))
+        examples = min(
+            steps * global_batch(self.training, self.run_facts.world), steps * len(self.info.splits["train"])
+        )
         cost = {
             "optimizer_steps": steps,
             "seconds": self.seconds,
@@ -440,7 +516,10 @@ def planned_steps(training: Training, num_rows: int, world: int) -> int:
     """Optimizer steps of a training: max_steps, or enough for the epochs."""
     plan = Plan(num_rows, global_batch(training, world), 0, training.dataloader_drop_last)
     if plan.steps_per_epoch == 0:
-        raise DataError(f"{num_rows} training rows do not fill a batch of {plan.global_batch}", "lower the batch size, or dataloader_drop_last=false")
+        raise DataError(
+            f"{num_rows} training rows do not fill a batch of {plan.global_batch}",
+            "lower the batch size, or dataloader_drop_last=false",
+        )
     if training.max_steps > 0:
         return training.max_steps
     return max(1, math.ceil(training.num_train_epochs * plan.steps_per_epoch))
@@ -451,35 +530,55 @@ def check_stack(strategies: dict[str, Strategy], training: Training, task: Any, 
     for hook in ("batches", "backward"):
         owners = [name for name, s in strategies.items() if getattr(s, hook) is not None]
         if len(owners) > 1:
-            raise RecipeError(f"{where}: '{owners[0]}' and '{owners[1]}' both decide the {hook}", "use one of them in this stage")
+            raise RecipeError(
+                f"{where}: '{owners[0]}' and '{owners[1]}' both decide the {hook}", "use one of them in this stage"
+            )
     if training.eval_steps == 0 and (training.load_best_model_at_end or training.early_stopping_patience):
-        raise RecipeError(f"{where}: the best model is to be chosen and eval_steps=0 never evaluates", "leave eval_steps out")
+        raise RecipeError(
+            f"{where}: the best model is to be chosen and eval_steps=0 never evaluates", "leave eval_steps out"
+        )
     if training.gradient_accumulation_steps > 1:
         for name, strategy in strategies.items():
             if strategy.scope == "batch":
                 raise RecipeError(
-                    f"{where}: '{name}' and gradient_accumulation_steps={training.gradient_accumulation_steps} exclude each other: its loss is about the batch as a whole",
+                    f"{where}: '{name}' and gradient_accumulation_steps={training.gradient_accumulation_steps} "
+                    "exclude each other: its loss is about the batch as a whole",
                     "raise per_device_train_batch_size, with forward_chunk_size to save memory",
                 )
     if not task.has_loss and not any(type(s).adds_objective for s in strategies.values()):
-        raise RecipeError(f"{where}: {type(task).__name__} has no loss of its own and no strategy of {', '.join(strategies)} adds one", "add the strategy 'contrastive'")
+        raise RecipeError(
+            f"{where}: {type(task).__name__} has no loss and no strategy of {', '.join(strategies)} adds one",
+            "add the strategy 'contrastive'",
+        )
 
 
 def check_accelerator(accelerator: Any, training: Training) -> None:
     """Refuse what a launcher may have set that this loop does not do, rather than train something else."""
     kind = accelerator.distributed_type
     if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-        raise RecipeError(f"the launch configuration asks for {kind.value}, which is not supported", "use one process, MULTI_GPU or MULTI_CPU")
-    if accelerator.mixed_precision not in ("no", "bf16") or (accelerator.mixed_precision == "bf16" and not training.bf16):
-        raise RecipeError(f"the launch configuration asks for mixed precision {accelerator.mixed_precision}", "set training.bf16=true instead")
-    accelerator.gradient_accumulation_steps = 1  # the terms are normalised by count; accelerate must not divide once more
+        raise RecipeError(
+            f"the launch configuration asks for {kind.value}, which is not supported",
+            "use one process, MULTI_GPU or MULTI_CPU",
+        )
+    if accelerator.mixed_precision not in ("no", "bf16") or (
+        accelerator.mixed_precision == "bf16" and not training.bf16
+    ):
+        raise RecipeError(
+            f"the launch configuration asks for mixed precision {accelerator.mixed_precision}",
+            "set training.bf16=true instead",
+        )
+    # the terms are normalised by count; accelerate must not divide once more
+    accelerator.gradient_accumulation_steps = 1
 
 
 def checkpoint_gradients(model: nn.Module) -> None:
     try:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
     except (AttributeError, ValueError) as error:
-        raise RecipeError(f"training.gradient_checkpointing: {type(model).__name__} cannot do that", "use training.forward_chunk_size to save memory") from error
+        raise RecipeError(
+            f"training.gradient_checkpointing: {type(model).__name__} cannot do that",
+            "use training.forward_chunk_size to save memory",
+        ) from error
 
 
 def _extra(batches: dict[str, Batch]) -> dict[str, Batch]:

@@ -15,8 +15,8 @@ from kt_hf.functional import losses
 class Distill(Strategy):
     """Adds the divergence from a frozen teacher's softened predictions.
 
-    loss = (1 - alpha) * task + alpha * T^2 KL(teacher || student), both softened by the temperature T. The teacher may be a
-    model directory, a Hub id, `@stage`, or an ensemble; labels are matched by name.
+    loss = (1 - alpha) * task + alpha * T^2 KL(teacher || student), both softened by the temperature T. The teacher
+    may be a model directory, a Hub id, `@stage`, or an ensemble; labels are matched by name.
     """
 
     paper = "Hinton, Vinyals, Dean 2015, Distilling the Knowledge in a Neural Network, arXiv:1503.02531"

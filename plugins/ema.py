@@ -20,7 +20,10 @@ class Ema(Strategy):
     Batch statistics and other buffers are copied, not averaged.
     """
 
-    paper = "Polyak & Juditsky 1992, Acceleration of Stochastic Approximation by Averaging; Tarvainen & Valpola 2017, arXiv:1703.01780"
+    paper = (
+        "Polyak & Juditsky 1992, Acceleration of Stochastic Approximation by Averaging; "
+        "Tarvainen & Valpola 2017, Mean teachers are better role models, arXiv:1703.01780"
+    )
     scope = "weights"
     neutral = {"decay": 0.0}
 

@@ -16,8 +16,8 @@ class Finetune(Strategy):
     """Trains the model's own weights: all, without some, or the head alone.
 
     freeze: parameter-name patterns (`*embeddings*`) that are not trained. freeze_layers: so many layers from the input,
-    embeddings being the first. linear_probe: train the head alone. layer_decay: the rate of a layer is that of the layer above
-    times this factor (ULMFiT; Howard & Ruder 2018). head_scale: factor on the head's rate.
+    embeddings being the first. linear_probe: train the head alone. layer_decay: the rate of a layer is that of the
+    layer above times this factor (ULMFiT; Howard & Ruder 2018). head_scale: factor on the head's rate.
     """
 
     paper = "Howard & Ruder 2018, Universal Language Model Fine-tuning, arXiv:1801.06146 (layer-wise rates)"
@@ -62,12 +62,17 @@ class Finetune(Strategy):
         if self.freeze_layers:
             layers = task.layers(model)
             if self.freeze_layers > len(layers):
-                raise RecipeError(f"finetune.freeze_layers: got {self.freeze_layers}, the backbone has {len(layers)}", "freeze fewer, or use linear_probe")
+                raise RecipeError(
+                    f"finetune.freeze_layers: got {self.freeze_layers}, the backbone has {len(layers)}",
+                    "freeze fewer, or use linear_probe",
+                )
             frozen |= {name for layer in layers[: self.freeze_layers] for name in layer}
         if self.linear_probe:
             head = tuple(f"{module}." for module in task.head(model))
             if not head:
-                raise RecipeError("finetune.linear_probe: this model has no head apart from its backbone", "freeze by pattern instead")
+                raise RecipeError(
+                    "finetune.linear_probe: this model has no head apart from its backbone", "freeze by pattern instead"
+                )
             frozen |= {name for name in names if not name.startswith(head)}
         return frozen
 

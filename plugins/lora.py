@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import Field
 from torch import nn
 
@@ -18,9 +17,10 @@ logger = logging.getLogger(__name__)
 class Lora(Strategy):
     """Trains low-rank adapters on frozen weights; the head is trained in full.
 
-    target_modules: names or suffixes as in peft; by default every linear layer of the backbone, or its convolutions where it has
-    none. modules_to_save: trained in full beside the adapters; by default the task's head. config: any other field of
-    peft's `LoraConfig` (use_rslora, use_dora, rank_pattern, ...). save: `merged` into the weights, or as an `adapter`.
+    target_modules: names or suffixes as in peft; by default every linear layer of the backbone, or its convolutions
+    where it has none. modules_to_save: trained in full beside the adapters; by default the task's head. config: any
+    other field of peft's `LoraConfig` (use_rslora, use_dora, rank_pattern, ...). save: `merged` into the weights, or
+    as an `adapter`.
     """
 
     paper = "Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685"
@@ -38,7 +38,12 @@ class Lora(Strategy):
     ):
         super().__init__()
         self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, lora_dropout
-        self.target_modules, self.modules_to_save, self.config, self.save = target_modules, modules_to_save, config or {}, save
+        self.target_modules, self.modules_to_save, self.config, self.save = (
+            target_modules,
+            modules_to_save,
+            config or {},
+            save,
+        )
         self.matched: list[str] = []
 
     def describe(self) -> str:
@@ -50,20 +55,39 @@ class Lora(Strategy):
 
         head = run.task.head(model)
         targets = self.target_modules or _default_targets(model, head)
-        given = {"r": self.r, "lora_alpha": self.lora_alpha, "lora_dropout": self.lora_dropout, "target_modules": targets}
+        given = {
+            "r": self.r,
+            "lora_alpha": self.lora_alpha,
+            "lora_dropout": self.lora_dropout,
+            "target_modules": targets,
+        }
         unknown = set(self.config) - set(LoraConfig.__dataclass_fields__)
         if unknown:
-            raise RecipeError(f"lora.config.{min(unknown)}: peft's LoraConfig has no such field", nearest(min(unknown), LoraConfig.__dataclass_fields__))
+            raise RecipeError(
+                f"lora.config.{min(unknown)}: peft's LoraConfig has no such field",
+                nearest(min(unknown), LoraConfig.__dataclass_fields__),
+            )
         keep = self.modules_to_save if self.modules_to_save is not None else head
         try:
             config = LoraConfig(**{**given, "modules_to_save": keep or None, **self.config})
             adapted = get_peft_model(model, config)  # type: ignore[arg-type]
         except ValueError as error:
             linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-            raise RecipeError(f"lora: {' '.join(str(error).split())[:200]}", nearest(str(targets), {n.rpartition('.')[2] for n in linear})) from error
-        self.matched = sorted({n.rpartition(".lora_A")[0].removeprefix("base_model.model.") for n, _ in adapted.named_parameters() if ".lora_A" in n})
+            raise RecipeError(
+                f"lora: {' '.join(str(error).split())[:200]}",
+                nearest(str(targets), {n.rpartition(".")[2] for n in linear}),
+            ) from error
+        self.matched = sorted(
+            {
+                n.rpartition(".lora_A")[0].removeprefix("base_model.model.")
+                for n, _ in adapted.named_parameters()
+                if ".lora_A" in n
+            }
+        )
         if not self.matched:
-            raise RecipeError(f"lora.target_modules: {targets} matched nothing", "name linear or convolution layers of the model")
+            raise RecipeError(
+                f"lora.target_modules: {targets} matched nothing", "name linear or convolution layers of the model"
+            )
         logger.info("lora: %s", self.describe())
         return adapted
 

@@ -5,7 +5,8 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Tiny models gain nothing from threads, and threads that wait for one another on a busy machine take seconds for a step.
+# Tiny models gain nothing from threads, and threads that wait for one another on a busy machine take seconds for a
+# step.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest

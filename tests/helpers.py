@@ -70,7 +70,9 @@ def image_info(train: int = 26, validation: int = 7, labels: list[str] | None = 
         return datasets.Dataset.from_dict(columns, features=datasets.Features(kinds))
 
     splits = {"train": split(train, 0), "validation": split(validation, 0), "test": split(5, 0)}
-    return DataInfo("shapes", splits, {"image": "image", "label": "label"}, list(labels), f"images-{train}-{validation}-{seed}")
+    return DataInfo(
+        "shapes", splits, {"image": "image", "label": "label"}, list(labels), f"images-{train}-{validation}-{seed}"
+    )
 
 
 def text_info(train: int = 26, validation: int = 7, seed: int = 0) -> DataInfo:
@@ -83,17 +85,27 @@ def text_info(train: int = 26, validation: int = 7, seed: int = 0) -> DataInfo:
         return datasets.Dataset.from_dict({"text": texts, "label": y, "index": np.arange(n)})
 
     splits = {"train": split(train), "validation": split(validation), "test": split(5)}
-    return DataInfo("words", splits, {"text": "text", "label": "label"}, list(LABELS), f"texts-{train}-{validation}-{seed}")
+    return DataInfo(
+        "words", splits, {"text": "text", "label": "label"}, list(LABELS), f"texts-{train}-{validation}-{seed}"
+    )
 
 
 def task_and_info(kind: str, **sizes: Any) -> tuple[Any, DataInfo]:
-    return (ImageClassification(), image_info(**sizes)) if kind == "image" else (TextClassification(), text_info(**sizes))
+    return (
+        (ImageClassification(), image_info(**sizes)) if kind == "image" else (TextClassification(), text_info(**sizes))
+    )
 
 
 def config(kind: str, **changes: Any) -> Model:
     if kind == "resnet":
-        return Model(config="resnet", config_overrides={**RESNET, **changes}, processor_overrides={"size": {"height": 16, "width": 16}})
-    return Model(config="vit" if kind == "image" else "bert", config_overrides={**(VIT if kind == "image" else BERT), **changes})
+        return Model(
+            config="resnet",
+            config_overrides={**RESNET, **changes},
+            processor_overrides={"size": {"height": 16, "width": 16}},
+        )
+    return Model(
+        config="vit" if kind == "image" else "bert", config_overrides={**(VIT if kind == "image" else BERT), **changes}
+    )
 
 
 def make_trainer(
@@ -111,16 +123,28 @@ def make_trainer(
     **training: Any,
 ) -> Trainer:
     """A trainer over tiny data. `strategies`: name -> settings, or a strategy that is already built."""
-    own_task, own_info = task_and_info("text" if kind == "text" else "image") if info is None or task is None else (task, info)
+    own_task, own_info = (
+        task_and_info("text" if kind == "text" else "image") if info is None or task is None else (task, info)
+    )
     task, info = task or own_task, info or own_info
-    settings = {"per_device_train_batch_size": 4, "learning_rate": 1e-2, "max_steps": 6, "logging_steps": 1, "eval_steps": 0, "weight_decay": 0.01}
+    settings = {
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "max_steps": 6,
+        "logging_steps": 1,
+        "eval_steps": 0,
+        "weight_decay": 0.01,
+    }
     t = Training(**{**settings, **training})
     a = accelerator()
     randomness.seed_all("load", t.seed)
     loaded = task.load(model or config(kind), info)
     steps = planned_steps(t, len(info.splits["train"]), a.num_processes)
     run = Run(a, t.seed, Path(folder), task, loaded, info, steps, resolve, t.bf16)
-    stack = {n: s if not isinstance(s, dict) else STRATEGIES[n](**s) for n, s in ({"finetune": {}} if strategies is None else strategies).items()}
+    stack = {
+        n: s if not isinstance(s, dict) else STRATEGIES[n](**s)
+        for n, s in ({"finetune": {}} if strategies is None else strategies).items()
+    }
     return Trainer(run, loaded, stack, t, Data("memory", **(data or {})), None, streams, until)
 
 

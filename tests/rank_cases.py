@@ -1,13 +1,13 @@
-"""Trainings that must come out alike on any number of processes: `rank_cases.py FOLDER TEACHER CASE...` runs them in this
-process or on every rank, and writes what they leave to FOLDER."""
+"""Trainings that must come out alike on any number of processes: `rank_cases.py FOLDER TEACHER CASE...` runs them in
+this process or on every rank, and writes what they leave to FOLDER."""
 
-import conftest  # noqa: F401  the environment first
 import json
 import math
 import sys
 from pathlib import Path
 from typing import Any
 
+import conftest  # noqa: F401  the environment first
 import helpers
 import torch
 from helpers import make_trainer, weights
@@ -18,7 +18,8 @@ from kt_hf.errors import NonFiniteError
 from kt_hf.trainer import Trainer
 
 ADAMW = {"max_steps": 20, "learning_rate": 2e-3, "adam_epsilon": 1e-4, "logging_steps": 3, "eval_steps": 10}
-"""An epsilon above the rounding noise: Adam makes whole steps of gradients that are 0 but for that (those of key biases)."""
+"""An epsilon above the rounding noise: Adam makes whole steps of gradients that are 0 but for that (those of key
+biases)."""
 
 
 class Indices(Strategy):
@@ -68,7 +69,10 @@ class Batchwise(Strategy):
     def loss(self, step):
         both = torch.cat([step.outputs.logits, step.outputs.logits.sigmoid()])
         rows, other = step.gather(both), step.gather(step.forward("other").logits, stream="other")
-        return {"spread": step.once(-rows.std(0).mean()), "shift": step.once((rows.mean(0) - other.mean(0)).pow(2).sum())}
+        return {
+            "spread": step.once(-rows.std(0).mean()),
+            "shift": step.once((rows.mean(0) - other.mean(0)).pow(2).sum()),
+        }
 
 
 class BreaksOnLastRank(Strategy):
@@ -103,7 +107,9 @@ def build(name: str, folder: Path, teacher: str, factor: int, extra: dict[str, S
         return make_trainer(folder, strategies={"partly": Partly(), **extra}, **image, **settings)
     if name == "batchwise":
         other = helpers.image_info(9, seed=4)
-        return make_trainer(folder, strategies={"batchwise": Batchwise(), **extra}, streams=lambda _: other, **image, **settings)
+        return make_trainer(
+            folder, strategies={"batchwise": Batchwise(), **extra}, streams=lambda _: other, **image, **settings
+        )
     if name == "early":
         settings.update(eval_steps=1, early_stopping_patience=3, load_best_model_at_end=True, learning_rate=2e-2)
         return make_trainer(folder, strategies={"ema": {"decay": 0.5}, **extra}, **image, **settings)
@@ -126,7 +132,12 @@ def run(name: str, folder: Path, teacher: str, factor: int = 1) -> tuple[dict[st
             helpers.accelerator().wait_for_everyone()
     trainer = build(name, folder, teacher, factor, {"indices": indices})
     result = trainer.run()
-    facts: dict[str, Any] = {"curve": result.curve, "evaluations": result.evaluations, "best": result.best_step, "indices": list(indices.seen.values())}
+    facts: dict[str, Any] = {
+        "curve": result.curve,
+        "evaluations": result.evaluations,
+        "best": result.best_step,
+        "indices": list(indices.seen.values()),
+    }
     if name == "finetune":
         bundle = trainer.bundle
         found = evaluation.predict(bundle, bundle, trainer.accelerator, trainer.info, "validation", 4)

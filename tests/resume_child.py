@@ -1,11 +1,11 @@
 """Trains in a process of its own that kills itself: `resume_child.py FOLDER TEACHER STEP`."""
 
-import conftest  # noqa: F401  the environment first
 import os
 import signal
 import sys
 from pathlib import Path
 
+import conftest  # noqa: F401  the environment first
 import test_resume
 
 from kt_hf import Strategy

@@ -40,7 +40,7 @@ class Recorder(Strategy):
         return {n: p.detach().double().clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
-# --- LoRA + distill + EMA ----------------------------------------------------------------------------------------------
+# --- LoRA + distill + EMA ---------------------------------------------------------------------------------------------
 
 
 def test_removing_any_one_of_the_stack_changes_the_result(teacher, tmp_path):
@@ -72,9 +72,13 @@ def test_ema_equals_its_closed_form(names, teacher, tmp_path):
     average = keep.average
     theta, n = recorder.history, 7
     for name in theta[0]:
-        expected = decay**n * theta[0][name] + (1 - decay) * sum(decay ** (n - i) * theta[i][name] for i in range(1, n + 1))
+        expected = decay**n * theta[0][name] + (1 - decay) * sum(
+            decay ** (n - i) * theta[i][name] for i in range(1, n + 1)
+        )
         torch.testing.assert_close(average[name].double(), expected, rtol=1e-5, atol=1e-6)
-        assert (theta[n][name] - expected).abs().max() > 1e-5 or "key" in name, "the average must differ from the last weights"
+        assert (theta[n][name] - expected).abs().max() > 1e-5 or "key" in name, (
+            "the average must differ from the last weights"
+        )
 
 
 class Keep(Strategy):
@@ -87,7 +91,9 @@ class Keep(Strategy):
 
 def test_ema_with_warmup_equals_the_recursion(tmp_path):
     recorder, keep = Recorder(), Keep()
-    train(tmp_path, strategies={"finetune": {}, "ema": {"decay": 0.9, "warmup": True}, "recorder": recorder, "keep": keep})
+    train(
+        tmp_path, strategies={"finetune": {}, "ema": {"decay": 0.9, "warmup": True}, "recorder": recorder, "keep": keep}
+    )
     for name, average in recorder.history[0].items():
         for t, current in enumerate(recorder.history[1:], 1):
             decay = min(0.9, (1 + t) / (10 + t))
@@ -105,12 +111,14 @@ def test_ema_is_what_is_evaluated_and_does_not_leak_into_training(tmp_path):
 
 def test_ema_copies_batch_statistics(tmp_path):
     plain = weights(train(tmp_path / "a", "resnet", model=helpers.config("resnet")))
-    averaged = weights(train(tmp_path / "b", "resnet", {"finetune": {}, "ema": {"decay": 0.5}}, model=helpers.config("resnet")))
+    averaged = weights(
+        train(tmp_path / "b", "resnet", {"finetune": {}, "ema": {"decay": 0.5}}, model=helpers.config("resnet"))
+    )
     for name in plain:
         assert torch.equal(plain[name], averaged[name]) == ("running" in name or "num_batches" in name), name
 
 
-# --- neutral settings --------------------------------------------------------------------------------------------------
+# --- neutral settings -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["image", "text"])
@@ -124,7 +132,9 @@ def test_neutral_settings_equal_absence_bit_for_bit(kind, teacher, tmp_path):
     both = {"ema": {"decay": 0.0}, "distill": {"teacher": "nowhere", "alpha": 0.0}, "finetune": {}}
     result = train(tmp_path / "both", kind, both, **common)
     assert identical(weights(plain), weights(result)) and plain.curve == result.curve
-    assert not identical(weights(plain), weights(train(tmp_path / "other", kind, {"finetune": {}}, **{**common, "seed": 43})))
+    assert not identical(
+        weights(plain), weights(train(tmp_path / "other", kind, {"finetune": {}}, **{**common, "seed": 43}))
+    )
 
 
 def test_weight_of_a_term_scales_smoothly_to_absence(teacher, tmp_path):
@@ -136,7 +146,7 @@ def test_weight_of_a_term_scales_smoothly_to_absence(teacher, tmp_path):
     assert 0 < distance(plain, nearly) < 1e-4
 
 
-# --- refused stacks ----------------------------------------------------------------------------------------------------
+# --- refused stacks ---------------------------------------------------------------------------------------------------
 
 
 class Rows(Strategy):
@@ -188,7 +198,7 @@ def test_conflicting_forward_kwargs_are_refused_naming_both(tmp_path):
     assert train(tmp_path, strategies={"yes": Wants(True), "also": Wants(True)}, max_steps=1).curve
 
 
-# --- teachers ----------------------------------------------------------------------------------------------------------
+# --- teachers ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_teacher_with_another_order_of_labels_is_matched_by_name(tmp_path):
@@ -201,9 +211,15 @@ def test_a_teacher_with_another_order_of_labels_is_matched_by_name(tmp_path):
         for tensor in (loaded.model.classifier.weight, loaded.model.classifier.bias):
             tensor.copy_(tensor[order].clone())
     names = [helpers.LABELS[i] for i in order]
-    loaded.model.config.id2label, loaded.model.config.label2id = dict(enumerate(names)), {n: i for i, n in enumerate(names)}
+    loaded.model.config.id2label, loaded.model.config.label2id = (
+        dict(enumerate(names)),
+        {n: i for i, n in enumerate(names)},
+    )
     task.save(loaded, tmp_path / "turned")
-    results = [train(tmp_path / f"run-{n}", strategies={"distill": {"teacher": str(tmp_path / n)}}) for n in ("straight", "turned")]
+    results = [
+        train(tmp_path / f"run-{n}", strategies={"distill": {"teacher": str(tmp_path / n)}})
+        for n in ("straight", "turned")
+    ]
     assert distance(weights(results[0]), weights(results[1])) < 1e-5
     wrong = copy.deepcopy(loaded.model.config)
     wrong.id2label, wrong.label2id = dict(enumerate(helpers.LABELS)), {n: i for i, n in enumerate(helpers.LABELS)}
@@ -222,7 +238,7 @@ def test_teachers_that_do_not_fit_are_refused(tmp_path):
     loaded = task.load(helpers.config("image"), info)
     loaded.processor.image_mean = [0.1, 0.2, 0.3]
     task.save(loaded, tmp_path / "normalisation")
-    with pytest.raises(RecipeError, match="normalisation.*image_mean"):
+    with pytest.raises(RecipeError, match=r"normalisation.*image_mean"):
         train(tmp_path / "b", strategies={"distill": {"teacher": str(tmp_path / "normalisation")}})
 
     task, info = helpers.task_and_info("text", seed=3)
@@ -234,7 +250,13 @@ def test_teachers_that_do_not_fit_are_refused(tmp_path):
 
 
 def test_a_teacher_is_never_trained_saved_or_exported(teacher, tmp_path):
-    trainer = make_trainer(tmp_path, strategies=full_stack(teacher), save_steps=2, weight_decay=0.5, model=helpers.config("image", **helpers.DROPOUT))
+    trainer = make_trainer(
+        tmp_path,
+        strategies=full_stack(teacher),
+        save_steps=2,
+        weight_decay=0.5,
+        model=helpers.config("image", **helpers.DROPOUT),
+    )
     result = trainer.run()
     (frozen,) = trainer.run_facts._frozen.values()
     member = frozen.members[0].model

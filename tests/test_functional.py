@@ -26,7 +26,8 @@ def test_distillation_from_oneself_is_zero(temperature):
 
 
 def test_distillation_is_t_squared_times_kl_by_hand():
-    """One unit, two classes, T = 2: teacher logits (2, 0) soften to (e, 1) / (e + 1), student logits (0, 0) to halves."""
+    """One unit, two classes, T = 2: teacher logits (2, 0) soften to (e, 1) / (e + 1), student logits (0, 0) to
+    halves."""
     p = math.e / (math.e + 1)
     by_hand = 4 * (p * math.log(p / 0.5) + (1 - p) * math.log((1 - p) / 0.5))
     value = losses.distillation(torch.zeros(1, 2), torch.tensor([[2.0, 0.0]]), 2.0)
@@ -39,7 +40,9 @@ def test_distillation_equals_its_definition(temperature):
     student, teacher = logits(1), logits(2)
     p, q = (teacher / temperature).softmax(-1).double(), (student / temperature).softmax(-1).double()
     expected = temperature**2 * (p * (p / q).log()).sum(-1)
-    torch.testing.assert_close(losses.distillation(student, teacher, temperature).double(), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        losses.distillation(student, teacher, temperature).double(), expected, rtol=1e-4, atol=1e-6
+    )
 
 
 def test_gradient_does_not_depend_on_the_temperature_for_small_logits():

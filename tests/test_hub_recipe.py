@@ -16,7 +16,9 @@ ROOT = Path(__file__).parent.parent
 def launch(folder: Path, hub: HubServer, *arguments: str, **more: str) -> subprocess.CompletedProcess:
     env = environment(folder, hub.url, **more)
     env.pop("HF_HUB_OFFLINE", None)
-    return subprocess.run([sys.executable, *arguments], cwd=folder, env=env, capture_output=True, text=True, timeout=200)
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=env, capture_output=True, text=True, timeout=200
+    )
 
 
 @pytest.mark.slow
@@ -31,11 +33,22 @@ def test_a_recipe_publishes_and_another_starts_from_it(tmp_path):
         again = launch(tmp_path, hub, recipe, *small, "model=writer/digits", "--output-dir", "two")
         assert again.returncode == 0, again.stderr[-2000:]
         assert hub.seen("/writer/digits/resolve/")
-        refused = launch(tmp_path, hub, recipe, *small, "push_to_hub=writer/other", "--output-dir", "three", HF_TOKEN="hf_wrongwrongwrong")
+        refused = launch(
+            tmp_path,
+            hub,
+            recipe,
+            *small,
+            "push_to_hub=writer/other",
+            "--output-dir",
+            "three",
+            HF_TOKEN="hf_wrongwrongwrong",
+        )
         assert refused.returncode == 5, refused.stderr[-2000:]
         assert "error.json" in {p.name for p in (tmp_path / "three").iterdir()}
         assert "writer/other" not in hub.repos
     said = "".join(p.stdout + p.stderr for p in (done, again, refused))
-    written = b"".join(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and p.suffix in (".json", ".yaml", ".md", ".html"))
+    written = b"".join(
+        p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and p.suffix in (".json", ".yaml", ".md", ".html")
+    )
     for token in (WRITER, "hf_wrongwrongwrong"):
         assert token not in said and token.encode() not in written

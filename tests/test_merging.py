@@ -27,8 +27,12 @@ def shapes(folder: Path, flip: dict[str, bool], seed: int = 0) -> str:
         y = random.integers(0, 2, n)
         pixels = (random.normal(0, 30, (n, 8, 8, 3)) + 70 + 110 * y[:, None, None, None]).clip(0, 255).astype(np.uint8)
         labels = 1 - y if flip.get(split) else y
-        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["dark", "bright"])})
-        rows = datasets.Dataset.from_dict({"image": [Image.fromarray(p) for p in pixels], "label": labels}, features=features)
+        features = datasets.Features(
+            {"image": datasets.Image(), "label": datasets.ClassLabel(names=["dark", "bright"])}
+        )
+        rows = datasets.Dataset.from_dict(
+            {"image": [Image.fromarray(p) for p in pixels], "label": labels}, features=features
+        )
         rows.to_parquet(str(folder / f"{split}.parquet"))
     return str(folder)
 
@@ -39,7 +43,19 @@ def trained(tmp_path_factory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("parents")
     for name, flip in (("right", {}), ("wrong", {"train": True})):
         data = Data(shapes(root / f"data-{name}", flip))
-        run(Recipe([Train("m", data=data, model=Model(config="vit", config_overrides=VIT), training={**FAST, "max_steps": 30})]), root / name)
+        run(
+            Recipe(
+                [
+                    Train(
+                        "m",
+                        data=data,
+                        model=Model(config="vit", config_overrides=VIT),
+                        training={**FAST, "max_steps": 30},
+                    )
+                ]
+            ),
+            root / name,
+        )
     return {name: str(root / name / "m" / "model") for name in ("right", "wrong")}
 
 
@@ -72,13 +88,17 @@ def test_a_soup_of_copies_is_the_model(tmp_path, trained):
 def test_uniform_soup_is_the_mean_and_weights_are_respected(tmp_path, trained):
     data = Data(shapes(tmp_path / "data", {}))
     for weights, name in ((None, "a"), ([3.0, 1.0], "b")):
-        recipe = Recipe([Merge("soup", {"uniform_soup": {"weights": weights}}, models=list(trained.values()))], data=data)
+        recipe = Recipe(
+            [Merge("soup", {"uniform_soup": {"weights": weights}}, models=list(trained.values()))], data=data
+        )
         run(recipe, tmp_path / name)
         merged = load_file(str(tmp_path / name / "soup" / "model" / "model.safetensors"))
         first, second = (load_file(str(Path(p) / "model.safetensors")) for p in trained.values())
         share = 0.5 if weights is None else 0.75
         for key in merged:
-            torch.testing.assert_close(merged[key], share * first[key] + (1 - share) * second[key], atol=1e-6, rtol=1e-5)
+            torch.testing.assert_close(
+                merged[key], share * first[key] + (1 - share) * second[key], atol=1e-6, rtol=1e-5
+            )
 
 
 def test_parents_that_differ_are_refused_with_both_named(tmp_path, trained):
@@ -98,7 +118,9 @@ def test_a_parent_with_nan_is_named(tmp_path, trained):
     weights = load_file(str(sick / "model.safetensors"))
     weights["classifier.weight"][0, 0] = float("nan")
     save_file(weights, str(sick / "model.safetensors"), {"format": "pt"})
-    recipe = Recipe([Merge("soup", "uniform_soup", models=[trained["right"], str(sick)])], data=Data(shapes(tmp_path / "data", {})))
+    recipe = Recipe(
+        [Merge("soup", "uniform_soup", models=[trained["right"], str(sick)])], data=Data(shapes(tmp_path / "data", {}))
+    )
     with pytest.raises(IntegrityError, match="sick"):
         run(recipe, tmp_path / "out")
 
@@ -120,7 +142,12 @@ def test_an_ensemble_fits_its_weights_on_validation_data_and_is_a_teacher(tmp_pa
     stages = [
         Ensemble("equal", models=models),
         Ensemble("fitted", {"mean": {"weights": "fit"}}, models=models),
-        Train("student", [{"distill": {"teacher": "@fitted", "alpha": 1.0}}], model=Model(config="vit", config_overrides=VIT), training={**FAST, "max_steps": 30}),
+        Train(
+            "student",
+            [{"distill": {"teacher": "@fitted", "alpha": 1.0}}],
+            model=Model(config="vit", config_overrides=VIT),
+            training={**FAST, "max_steps": 30},
+        ),
         Evaluate("again", model="@fitted"),
     ]
     report = run(Recipe(stages, data=Data(shapes(tmp_path / "data", {}))), tmp_path / "out")

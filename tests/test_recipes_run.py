@@ -53,13 +53,18 @@ def test_accuracy_can_be_recomputed_from_the_predictions(tmp_path):
 
 def test_exports_load_with_nothing_missing(tmp_path):
     run_recipe("lora", tmp_path / "out", "training.max_steps=2")
-    _, info = AutoModelForImageClassification.from_pretrained(str(tmp_path / "out" / "lora" / "model"), output_loading_info=True)
+    _, info = AutoModelForImageClassification.from_pretrained(
+        str(tmp_path / "out" / "lora" / "model"), output_loading_info=True
+    )
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 
 
 def test_the_readme_names_the_commands_that_the_check_script_runs():
     script = (README.parent / ".ci" / "run").read_text()
-    for command in ("pip install -e . && accelerate launch recipes/quickstart.py", 'pip install -e ".[test]" && pytest'):
+    for command in (
+        "pip install -e . && accelerate launch recipes/quickstart.py",
+        'pip install -e ".[test]" && pytest',
+    ):
         assert command in README.read_text()
         assert command in script
 
@@ -80,7 +85,13 @@ def test_plugins_import_kt_hf_and_no_other_plugin():
     names = {p.stem for p in plugins.glob("*.py")}
     for path in plugins.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            modules = (
+                [node.module or ""]
+                if isinstance(node, ast.ImportFrom)
+                else [a.name for a in node.names]
+                if isinstance(node, ast.Import)
+                else []
+            )
             assert not any(m.startswith("kt_hf_plugins") or m.split(".")[0] in names for m in modules), path.name
     for path in (README.parent / "kt_hf").rglob("*.py"):
         if "testing" not in path.parts and path.name != "scaffold.py":

@@ -29,7 +29,8 @@ SETTINGS = {
     "eval_steps": 4,
     "logging_steps": 5,
 }
-"""An epoch has 7 steps: checkpoints 3 and 6 lie within the first, 9 in the second; none is where a point of the curve is."""
+"""An epoch has 7 steps: checkpoints 3 and 6 lie within the first, 9 in the second; none is where a point of the
+curve is."""
 
 
 class Stopped(Exception):
@@ -53,7 +54,9 @@ def trainer(folder: Path, kind: str, names: str, teacher: str, extra: dict | Non
     """With dropout, augmentation and accumulation."""
     strategies = {**helpers.stack(names, teacher), **(extra or {})}
     data = {"augment": [{"RandomRotation": {"degrees": 30}}]} if kind == "image" else {}
-    return make_trainer(folder, kind, strategies, model=helpers.config(kind, **helpers.DROPOUT), data=data, **{**SETTINGS, **training})
+    return make_trainer(
+        folder, kind, strategies, model=helpers.config(kind, **helpers.DROPOUT), data=data, **{**SETTINGS, **training}
+    )
 
 
 def state(finished: Trainer) -> dict[str, torch.Tensor]:
@@ -123,14 +126,22 @@ def test_several_resumes_in_one_epoch(teachers, tmp_path):
     compare(*(trainer(tmp_path / x, "text", "finetune+ema", teachers["text"], save_steps=1) for x in "ab"))
 
 
-@pytest.mark.parametrize("optim", [{"optim": "adamw_torch"}, {"optim": "sgd", "momentum": 0.9}, {"optim": "sgd"}, {"optim": "adafactor"}])
+@pytest.mark.parametrize(
+    "optim", [{"optim": "adamw_torch"}, {"optim": "sgd", "momentum": 0.9}, {"optim": "sgd"}, {"optim": "adafactor"}]
+)
 def test_every_optimizer_resumes(optim, teachers, tmp_path):
     stopped(tmp_path / "b", "text", "finetune", teachers["text"], 8, **optim)
     compare(*(trainer(tmp_path / x, "text", "finetune", teachers["text"], **optim) for x in "ab"))
 
 
 def test_best_model_and_patience_are_resumed(teachers, tmp_path):
-    settings = {"load_best_model_at_end": True, "early_stopping_patience": 5, "eval_steps": 1, "max_steps": 14, "save_total_limit": 1}
+    settings = {
+        "load_best_model_at_end": True,
+        "early_stopping_patience": 5,
+        "eval_steps": 1,
+        "max_steps": 14,
+        "save_total_limit": 1,
+    }
     stopped(tmp_path / "b", "image", "finetune+ema", teachers["image"], 4, **settings)
     whole = trainer(tmp_path / "a", "image", "finetune+ema", teachers["image"], **settings)
     compare(whole, trainer(tmp_path / "b", "image", "finetune+ema", teachers["image"], **settings))
@@ -139,7 +150,13 @@ def test_best_model_and_patience_are_resumed(teachers, tmp_path):
 
 def test_batch_statistics_are_resumed(tmp_path):
     def build(folder, extra=None):
-        return make_trainer(tmp_path / folder, "resnet", {"finetune": {}, "ema": {"decay": 0.5}, **(extra or {})}, model=helpers.config("resnet"), save_steps=2)
+        return make_trainer(
+            tmp_path / folder,
+            "resnet",
+            {"finetune": {}, "ema": {"decay": 0.5}, **(extra or {})},
+            model=helpers.config("resnet"),
+            save_steps=2,
+        )
 
     with pytest.raises(Stopped):
         build("b", {"stop": Stop(5)}).run()
@@ -151,7 +168,7 @@ def test_workers_may_change_between_the_parts(teachers, tmp_path):
     compare(*(trainer(tmp_path / x, "image", "finetune", teachers["image"]) for x in "ab"))
 
 
-# --- checkpoints that are not intact -----------------------------------------------------------------------------------
+# --- checkpoints that are not intact ----------------------------------------------------------------------------------
 
 
 def flip(path: Path) -> None:
@@ -266,11 +283,13 @@ def test_checkpoints_hold_tensors_and_json_only(teachers, tmp_path):
     from safetensors.torch import load_file
 
     tensors = load_file(path / "state.safetensors")
-    assert any(n.startswith("optim/model.") for n in tensors) and any(n.startswith("strategies.ema.average.") for n in tensors)
+    assert any(n.startswith("optim/model.") for n in tensors) and any(
+        n.startswith("strategies.ema.average.") for n in tensors
+    )
     assert not any("generator" in n or "rng" in n for n in [*tensors, *facts])
 
 
-# --- resuming something else -------------------------------------------------------------------------------------------
+# --- resuming something else ------------------------------------------------------------------------------------------
 
 
 def test_changed_data_labels_or_batch_are_refused(teachers, tmp_path):

@@ -21,7 +21,8 @@ from kt_hf.task import Scores
 from kt_hf.trainer import check_stack
 
 SGD = {"optim": "sgd", "learning_rate": 0.1, "weight_decay": 0.0}
-"""For comparisons of sums in another order: Adam blows up the rounding noise of gradients that are 0 in exact arithmetic."""
+"""For comparisons of sums in another order: Adam blows up the rounding noise of gradients that are 0 in exact
+arithmetic."""
 
 
 class Recorder(Strategy):
@@ -36,10 +37,12 @@ class Recorder(Strategy):
         self.without_gradient |= {n for n, p in model.named_parameters() if p.requires_grad and p.grad is None}
 
 
-# --- one-step equality -------------------------------------------------------------------------------------------------
+# --- one-step equality ------------------------------------------------------------------------------------------------
 
 
-def by_hand(kind: str, steps: int, warmup: int, rate: float, decay: float, clip: float) -> tuple[dict[str, torch.Tensor], int]:
+def by_hand(
+    kind: str, steps: int, warmup: int, rate: float, decay: float, clip: float
+) -> tuple[dict[str, torch.Tensor], int]:
     """The same training in plain PyTorch. Returns the weights and how often the gradient was clipped."""
     task, info = helpers.task_and_info(kind)
     loaded = task.load(helpers.config(kind), info)
@@ -47,7 +50,9 @@ def by_hand(kind: str, steps: int, warmup: int, rate: float, decay: float, clip:
     model = loaded.model.train()
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() <= 1]
-    adamw = torch.optim.AdamW([{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}], lr=rate)
+    adamw = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}], lr=rate
+    )
     rows, n, clipped = info.splits["train"], len(info.splits["train"]), 0
     order = [i for epoch in range(3) for i in _batches(np.random.default_rng([42, epoch]).permutation(n), 4)]
     for step in range(steps):
@@ -57,7 +62,9 @@ def by_hand(kind: str, steps: int, warmup: int, rate: float, decay: float, clip:
         raw = rows[order[step]]
         columns = task.preprocess({k: v for k, v in raw.items() if k != "index"}, loaded, True)
         columns = {**columns, "index": raw["index"]}
-        batch = task.collate([dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)], loaded)
+        batch = task.collate(
+            [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)], loaded
+        )
         labels = torch.tensor(raw["label"])
         logits = task.forward(model, batch).logits
         loss = F.cross_entropy(logits, labels, reduction="sum") / len(labels)
@@ -75,7 +82,9 @@ def _batches(order: np.ndarray, size: int) -> list[np.ndarray]:
 @pytest.mark.parametrize("kind", ["image", "text"])
 def test_the_loop_equals_a_loop_written_by_hand(kind, tmp_path):
     expected, clipped = by_hand(kind, steps=12, warmup=3, rate=1e-2, decay=0.1, clip=1.5)
-    result = train(tmp_path, kind, max_steps=12, warmup_ratio=0.25, weight_decay=0.1, max_grad_norm=1.5, optim="adamw_torch")
+    result = train(
+        tmp_path, kind, max_steps=12, warmup_ratio=0.25, weight_decay=0.1, max_grad_norm=1.5, optim="adamw_torch"
+    )
     assert 0 < clipped < 12, "the comparison must see clipped and unclipped steps"
     assert distance(weights(result), expected) < 1e-7
     assert distance(expected, initial(kind)) > 1e-2
@@ -96,7 +105,7 @@ def test_one_run_equals_itself_and_leaves_no_model_behind(tmp_path):
     assert identical(a, weights(train(tmp_path / "b")))
 
 
-# --- accumulation ------------------------------------------------------------------------------------------------------
+# --- accumulation -----------------------------------------------------------------------------------------------------
 
 
 def stack(tmp_path, names: str, kind: str) -> dict:
@@ -111,8 +120,18 @@ def stack(tmp_path, names: str, kind: str) -> dict:
 def test_accumulated_micro_batches_equal_one_big_batch(kind, names, size, micro_batches, tmp_path):
     """26 rows in batches of 8 or 9: the last window is uneven, and its micro-batches differ in size."""
     strategies = stack(tmp_path, names, kind)
-    whole = train(tmp_path / "whole", kind, strategies, per_device_train_batch_size=size * micro_batches, max_steps=8, **SGD)
-    parts = train(tmp_path / "parts", kind, strategies, per_device_train_batch_size=size, gradient_accumulation_steps=micro_batches, max_steps=8, **SGD)
+    whole = train(
+        tmp_path / "whole", kind, strategies, per_device_train_batch_size=size * micro_batches, max_steps=8, **SGD
+    )
+    parts = train(
+        tmp_path / "parts",
+        kind,
+        strategies,
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=micro_batches,
+        max_steps=8,
+        **SGD,
+    )
     assert distance(weights(whole), weights(parts)) < 1e-6
     assert distance(weights(whole), initial(kind)) > 1e-3
     for a, b in zip(whole.curve, parts.curve, strict=True):
@@ -132,7 +151,19 @@ def test_token_losses_are_normalised_by_the_tokens_of_the_window(tmp_path):
     texts = [" ".join(random.choice(helpers.WORDS, random.integers(2, 20))) for _ in range(11)]
     rows = datasets.Dataset.from_dict({"text": texts, "index": np.arange(11)})
     info = DataInfo("texts", {"train": rows}, {"text": "text"}, None, "lm")
-    model = Model(config="gpt2", config_overrides={"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "initializer_range": 0.2, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0})
+    model = Model(
+        config="gpt2",
+        config_overrides={
+            "n_embd": 16,
+            "n_layer": 2,
+            "n_head": 2,
+            "n_positions": 64,
+            "initializer_range": 0.2,
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+        },
+    )
     common = {"task": generation.TextGeneration(max_length=32), "info": info, "model": model, "max_steps": 5, **SGD}
     whole = train(tmp_path / "whole", "lm", per_device_train_batch_size=6, **common)
     parts = train(tmp_path / "parts", "lm", per_device_train_batch_size=2, gradient_accumulation_steps=3, **common)
@@ -144,12 +175,24 @@ def test_rows_without_labels_count_for_distillation_but_not_for_the_task(tmp_pat
     info = helpers.image_info(8)
     info.splits["train"] = info.splits["train"].remove_columns("label").add_column("label", [0, 1, -1, 2, -1, -1, 1, 0])
     teacher = {"distill": {"teacher": helpers.teacher(tmp_path / "teacher"), "alpha": 0.5}}
-    trainer = make_trainer(tmp_path / "run", strategies=teacher, task=ImageClassification(), info=info, per_device_train_batch_size=8, max_steps=1, **SGD)
+    trainer = make_trainer(
+        tmp_path / "run",
+        strategies=teacher,
+        task=ImageClassification(),
+        info=info,
+        per_device_train_batch_size=8,
+        max_steps=1,
+        **SGD,
+    )
     seen = {}
 
     class Spy(Strategy):
         def loss(self, step):
-            seen.update(logits=step.outputs.logits.detach(), labels=step.batch["labels"], teacher=trainer.strategies["distill"]._frozen.scores(step.batch))
+            seen.update(
+                logits=step.outputs.logits.detach(),
+                labels=step.batch["labels"],
+                teacher=trainer.strategies["distill"]._frozen.scores(step.batch),
+            )
             return {}
 
     trainer.strategies["spy"] = Spy()
@@ -159,7 +202,7 @@ def test_rows_without_labels_count_for_distillation_but_not_for_the_task(tmp_pat
     assert curve["distill/kl"] == pytest.approx(0.5 * 4 * (p * (p / q).log()).sum(-1).mean().item(), abs=1e-6)
 
 
-# --- schedules, rates, freezing ----------------------------------------------------------------------------------------
+# --- schedules, rates, freezing ---------------------------------------------------------------------------------------
 
 SPECIFIC = {
     "cosine_with_min_lr": {"min_lr": 1e-4},
@@ -181,7 +224,9 @@ def test_every_schedule_is_transformers(name):
     """Step by step the rate that transformers' scheduler gives, asked for in any order."""
     from transformers import get_scheduler
 
-    training = Training(lr_scheduler_type=name, lr_scheduler_kwargs=SPECIFIC.get(name), warmup_ratio=0.21, learning_rate=1e-3)
+    training = Training(
+        lr_scheduler_type=name, lr_scheduler_kwargs=SPECIFIC.get(name), warmup_ratio=0.21, learning_rate=1e-3
+    )
     factor = optimizer.schedule(training, 12)
     sgd = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
     theirs = get_scheduler(name, sgd, 3, 12, scheduler_specific_kwargs=SPECIFIC.get(name))
@@ -202,7 +247,12 @@ def test_unknown_schedules_are_refused():
 
 
 def test_layer_decay_and_head_scale_are_the_rates_of_the_groups(tmp_path):
-    trainer = make_trainer(tmp_path, strategies={"finetune": {"layer_decay": 0.5, "head_scale": 3.0}}, max_steps=2, lr_scheduler_type="constant")
+    trainer = make_trainer(
+        tmp_path,
+        strategies={"finetune": {"layer_decay": 0.5, "head_scale": 3.0}},
+        max_steps=2,
+        lr_scheduler_type="constant",
+    )
     trainer.run()
     rates = {name: group["lr"] for group in trainer.optimizer.param_groups for name in group["names"]}
     assert rates["model.classifier.weight"] == pytest.approx(3e-2)
@@ -214,8 +264,12 @@ def test_layer_decay_and_head_scale_are_the_rates_of_the_groups(tmp_path):
 
 def test_a_rate_of_zero_equals_freezing(tmp_path):
     """No step, no decay, no moments, no part in the norm that is clipped."""
-    zero = make_trainer(tmp_path / "zero", strategies={"finetune": {"head_scale": 0.0}}, weight_decay=0.5, max_grad_norm=0.1)
-    frozen = train(tmp_path / "frozen", strategies={"finetune": {"freeze": ["classifier.*"]}}, weight_decay=0.5, max_grad_norm=0.1)
+    zero = make_trainer(
+        tmp_path / "zero", strategies={"finetune": {"head_scale": 0.0}}, weight_decay=0.5, max_grad_norm=0.1
+    )
+    frozen = train(
+        tmp_path / "frozen", strategies={"finetune": {"freeze": ["classifier.*"]}}, weight_decay=0.5, max_grad_norm=0.1
+    )
     after = weights(zero.run())
     assert identical(after, weights(frozen))
     assert torch.equal(after["classifier.weight"], initial()["classifier.weight"])
@@ -242,9 +296,13 @@ def test_rates_may_be_functions_of_progress(tmp_path):
     assert len(trainer.optimizer.param_groups) == 4, "one group for each rate and decay, not one for each parameter"
 
 
-@pytest.mark.parametrize("settings", [{"freeze": ["*embeddings*", "classifier.bias"]}, {"freeze_layers": 2}, {"linear_probe": True}])
+@pytest.mark.parametrize(
+    "settings", [{"freeze": ["*embeddings*", "classifier.bias"]}, {"freeze_layers": 2}, {"linear_probe": True}]
+)
 def test_frozen_weights_are_bit_identical(settings, tmp_path):
-    trainer = make_trainer(tmp_path, "text", {"finetune": settings}, weight_decay=0.5, model=helpers.config("text", **helpers.DROPOUT))
+    trainer = make_trainer(
+        tmp_path, "text", {"finetune": settings}, weight_decay=0.5, model=helpers.config("text", **helpers.DROPOUT)
+    )
     after, before = weights(trainer.run()), initial("text")
     trained = {trainer.names[id(p)].removeprefix("model.") for p in trainer.trainable}
     assert trained and any(n not in trained for n in before)
@@ -268,8 +326,14 @@ def test_frozen_batch_statistics_stand_still(tmp_path):
     statistics = [n for n in before if "running" in n or "num_batches" in n]
     moving = weights(train(tmp_path / "a", "resnet", model=helpers.config("resnet")))
     assert statistics and not any(torch.equal(before[n], moving[n]) for n in statistics)
-    for strategies in ({"lora": {"r": 2}}, {"finetune": {"linear_probe": True}}, {"finetune": {"freeze": ["resnet.*"]}}):
-        trainer = make_trainer(tmp_path / next(iter(strategies)), "resnet", strategies, model=helpers.config("resnet"), eval_steps=2)
+    for strategies in (
+        {"lora": {"r": 2}},
+        {"finetune": {"linear_probe": True}},
+        {"finetune": {"freeze": ["resnet.*"]}},
+    ):
+        trainer = make_trainer(
+            tmp_path / next(iter(strategies)), "resnet", strategies, model=helpers.config("resnet"), eval_steps=2
+        )
         after = weights(trainer.run())
         assert all(torch.equal(before[n], after[n]) for n in statistics)
         assert len(trainer.evaluations) == 3, "an evaluation in between must not wake them"
@@ -279,7 +343,7 @@ def test_frozen_batch_statistics_stand_still(tmp_path):
     assert any("convolution" in n and "lora_B" in n for n in lora.names.values())
 
 
-# --- best model, early stopping, checkpoints ---------------------------------------------------------------------------
+# --- best model, early stopping, checkpoints --------------------------------------------------------------------------
 
 
 class Scripted(ImageClassification):
@@ -294,26 +358,39 @@ class Scripted(ImageClassification):
 
 def scripted(tmp_path, script, **training):
     recorder = Recorder()
-    trainer = make_trainer(tmp_path, strategies={"finetune": {}, "recorder": recorder}, task=Scripted(script), info=helpers.image_info(), eval_steps=1, **training)
+    trainer = make_trainer(
+        tmp_path,
+        strategies={"finetune": {}, "recorder": recorder},
+        task=Scripted(script),
+        info=helpers.image_info(),
+        eval_steps=1,
+        **training,
+    )
     return trainer, recorder, trainer.run()
 
 
 def test_the_best_model_is_exported(tmp_path):
-    _, recorder, result = scripted(tmp_path, [0.1, 0.2, 0.9, 0.3, 0.9, 0.1], load_best_model_at_end=True, save_total_limit=1)
+    _, recorder, result = scripted(
+        tmp_path, [0.1, 0.2, 0.9, 0.3, 0.9, 0.1], load_best_model_at_end=True, save_total_limit=1
+    )
     assert result.best_step == 3, "the first of equals"
     assert identical(weights(result), recorder.history[2])
-    _, recorder, result = scripted(tmp_path / "low", [0.5, 0.2, 0.9, 0.3, 0.2, 0.3], load_best_model_at_end=True, greater_is_better=False)
+    _, recorder, result = scripted(
+        tmp_path / "low", [0.5, 0.2, 0.9, 0.3, 0.2, 0.3], load_best_model_at_end=True, greater_is_better=False
+    )
     assert result.best_step == 2 and identical(weights(result), recorder.history[1])
     _, recorder, result = scripted(tmp_path / "last", [0.1, 0.2, 0.3, 0.4, 0.5, 0.6], load_best_model_at_end=True)
     assert result.best_step == 6 and identical(weights(result), recorder.history[5])
 
 
 def test_early_stopping_waits_for_its_patience(tmp_path):
-    trainer, recorder, result = scripted(tmp_path, [0.5, 0.4, 0.6, 0.5, 0.6, 0.7], early_stopping_patience=2)
+    _, recorder, result = scripted(tmp_path, [0.5, 0.4, 0.6, 0.5, 0.6, 0.7], early_stopping_patience=2)
     assert len(recorder.history) == 5 and result.cost["optimizer_steps"] == 5
     assert [e["step"] for e in result.evaluations] == [1, 2, 3, 4, 5]
     assert result.curve[-1]["step"] == 5
-    _, recorder, result = scripted(tmp_path / "best", [0.5, 0.4, 0.6, 0.5, 0.6, 0.7], early_stopping_patience=2, load_best_model_at_end=True)
+    _, recorder, result = scripted(
+        tmp_path / "best", [0.5, 0.4, 0.6, 0.5, 0.6, 0.7], early_stopping_patience=2, load_best_model_at_end=True
+    )
     assert result.best_step == 3 and identical(weights(result), recorder.history[2])
 
 
@@ -329,7 +406,14 @@ def test_choosing_without_anything_to_choose_on_is_refused(tmp_path):
 
 
 def test_save_total_limit_keeps_the_newest_and_the_best(tmp_path):
-    scripted(tmp_path, [0.1, 0.9, 0.3, 0.1, 0.2, 0.1, 0.1, 0.1], load_best_model_at_end=True, save_steps=1, save_total_limit=2, max_steps=8)
+    scripted(
+        tmp_path,
+        [0.1, 0.9, 0.3, 0.1, 0.2, 0.1, 0.1, 0.1],
+        load_best_model_at_end=True,
+        save_steps=1,
+        save_total_limit=2,
+        max_steps=8,
+    )
     assert [p.name for p in checkpoint.steps(tmp_path / "checkpoints")] == ["step-000002", "step-000006", "step-000007"]
     train(tmp_path / "plain", save_steps=2, save_total_limit=1)
     assert [p.name for p in checkpoint.steps(tmp_path / "plain" / "checkpoints")] == ["step-000004"]
@@ -349,10 +433,17 @@ def test_evaluation_does_not_change_training(tmp_path):
     assert identical(weights(often), weights(never)) and len(often.evaluations) == 6
 
 
-# --- memory savers, numerics -------------------------------------------------------------------------------------------
+# --- memory savers, numerics ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("saver", [{"gradient_checkpointing": True}, {"forward_chunk_size": 3}, {"gradient_checkpointing": True, "forward_chunk_size": 1}])
+@pytest.mark.parametrize(
+    "saver",
+    [
+        {"gradient_checkpointing": True},
+        {"forward_chunk_size": 3},
+        {"gradient_checkpointing": True, "forward_chunk_size": 1},
+    ],
+)
 @pytest.mark.parametrize(("kind", "names"), [("text", "finetune"), ("image", "lora+distill+ema")])
 def test_memory_savers_give_the_same_weights(saver, kind, names, tmp_path):
     strategies = stack(tmp_path, names, kind)
@@ -370,12 +461,17 @@ def test_every_adapter_gets_a_gradient_under_gradient_checkpointing(tmp_path):
     before, after = recorder.history[0], recorder.history[1]
     adapters = [n for n in after if "lora_B" in n]
     assert len(adapters) >= 12 and not recorder.without_gradient
-    assert all(after[n].abs().sum() > 0 and not torch.equal(before[n], after[n]) for n in adapters if "key.lora" not in n)
+    assert all(
+        after[n].abs().sum() > 0 and not torch.equal(before[n], after[n]) for n in adapters if "key.lora" not in n
+    )
 
 
 def test_gradient_checkpointing_is_refused_where_a_model_cannot(tmp_path):
     trainer = make_trainer(tmp_path, gradient_checkpointing=True)
-    type(trainer.loaded.model).supports_gradient_checkpointing, before = False, type(trainer.loaded.model).supports_gradient_checkpointing
+    type(trainer.loaded.model).supports_gradient_checkpointing, before = (
+        False,
+        type(trainer.loaded.model).supports_gradient_checkpointing,
+    )
     try:
         with pytest.raises(RecipeError, match="gradient_checkpointing"):
             trainer.run()
@@ -391,7 +487,9 @@ def test_label_smoothing(smoothing, tmp_path):
             return {}
 
     seen: list[float] = []
-    curve = train(tmp_path, strategies={"finetune": {}, "spy": Spy()}, label_smoothing_factor=smoothing, max_steps=2).curve
+    curve = train(
+        tmp_path, strategies={"finetune": {}, "spy": Spy()}, label_smoothing_factor=smoothing, max_steps=2
+    ).curve
     assert [point["loss"] for point in curve] == pytest.approx(seen, abs=1e-6)
 
 
@@ -411,7 +509,9 @@ class Breaks(Strategy):
 @pytest.mark.parametrize("optim", ["adamw_torch_fused", "sgd"])
 @pytest.mark.parametrize("logging", [1, 4])
 def test_non_finite_losses_stop_the_run(optim, logging, tmp_path):
-    trainer = make_trainer(tmp_path, strategies={"finetune": {}, "breaks": Breaks(3)}, save_steps=1, optim=optim, logging_steps=logging)
+    trainer = make_trainer(
+        tmp_path, strategies={"finetune": {}, "breaks": Breaks(3)}, save_steps=1, optim=optim, logging_steps=logging
+    )
     with pytest.raises(NonFiniteError, match=r"step 4 .*broken.*rows") as caught:
         trainer.run()
     assert caught.value.exit_code == 7
@@ -424,7 +524,9 @@ def test_non_finite_losses_stop_the_run(optim, logging, tmp_path):
 
 def test_an_infinite_loss_with_finite_gradients_stops_the_run_too(tmp_path):
     with pytest.raises(NonFiniteError, match="step 3"):
-        train(tmp_path, strategies={"finetune": {}, "breaks": Breaks(2, constant=True)}, save_steps=1, logging_steps=100)
+        train(
+            tmp_path, strategies={"finetune": {}, "breaks": Breaks(2, constant=True)}, save_steps=1, logging_steps=100
+        )
     assert [p.name for p in checkpoint.steps(tmp_path / "checkpoints")] == ["step-000001", "step-000002"]
 
 
@@ -436,7 +538,7 @@ def test_bf16_trains_float32_weights(tmp_path):
     assert half.curve[0]["loss"] == pytest.approx(full.curve[0]["loss"], rel=0.02)
 
 
-# --- data --------------------------------------------------------------------------------------------------------------
+# --- data -------------------------------------------------------------------------------------------------------------
 
 AUGMENT = [{"RandomRotation": {"degrees": 30}}, "RandomHorizontalFlip"]
 
@@ -472,7 +574,9 @@ class Indices(Strategy):
         self.seen = []
 
     def loss(self, step):
-        self.seen.append({"train": step.batch["index"].tolist(), **{k: b["index"].tolist() for k, b in step.streams.items()}})
+        self.seen.append(
+            {"train": step.batch["index"].tolist(), **{k: b["index"].tolist() for k, b in step.streams.items()}}
+        )
         return {}
 
 
@@ -480,11 +584,15 @@ def test_an_epoch_holds_every_row_once(tmp_path):
     indices = Indices()
     train(tmp_path, strategies={"finetune": {}, "indices": indices}, max_steps=14, gradient_accumulation_steps=1)
     rows = [seen["train"] for seen in indices.seen]
-    assert sorted(i for batch in rows[:7] for i in batch) == sorted(i for batch in rows[7:] for i in batch) == list(range(26))
+    assert (
+        sorted(i for batch in rows[:7] for i in batch)
+        == sorted(i for batch in rows[7:] for i in batch)
+        == list(range(26))
+    )
     assert rows[:7] != rows[7:] and [len(batch) for batch in rows[:7]] == [4] * 6 + [2]
 
 
-# --- hooks -------------------------------------------------------------------------------------------------------------
+# --- hooks ------------------------------------------------------------------------------------------------------------
 
 
 class TwoViews(Strategy):
@@ -498,7 +606,11 @@ class TwoViews(Strategy):
     def loss(self, step):
         a, b = step.forward("view.0").logits, step.forward("view.1").logits
         other = step.forward("other").logits
-        seen = {"different": (step.streams["view.0"]["pixel_values"] != step.streams["view.1"]["pixel_values"]).any().float()}
+        seen = {
+            "different": (step.streams["view.0"]["pixel_values"] != step.streams["view.1"]["pixel_values"])
+            .any()
+            .float()
+        }
         return {
             "consistency": step.mean((a - b).pow(2).sum(-1), stream="view.0"),
             "entropy": step.mean(-(other.softmax(-1) * other.log_softmax(-1)).sum(-1), stream="other"),
@@ -511,13 +623,24 @@ def test_extra_streams(micro_batches, tmp_path):
     """8 rows of `train` and 4 of `other` in a step, the same sums in one or two micro-batches."""
     other = helpers.image_info(13, seed=5)
     indices = Indices()
-    run = {"strategies": {"finetune": {}, "views": TwoViews(), "indices": indices}, "streams": lambda name: {"unlabelled": other}[name], "max_steps": 4, **SGD}
-    result = train(tmp_path, per_device_train_batch_size=8 // micro_batches, gradient_accumulation_steps=micro_batches, **run)
+    run = {
+        "strategies": {"finetune": {}, "views": TwoViews(), "indices": indices},
+        "streams": lambda name: {"unlabelled": other}[name],
+        "max_steps": 4,
+        **SGD,
+    }
+    result = train(
+        tmp_path, per_device_train_batch_size=8 // micro_batches, gradient_accumulation_steps=micro_batches, **run
+    )
     assert {"task", "views/consistency", "views/entropy", "views/different"} == set(result.curve[0]["terms"])
     assert result.curve[0]["terms"]["views/different"] == micro_batches
     for seen in indices.seen:
         assert seen["view.0"] == seen["view.1"] == seen["train"] and len(seen["other"]) == 4 // micro_batches
-    reference = train(tmp_path / "reference", per_device_train_batch_size=8, **{**run, "strategies": {"finetune": {}, "views": TwoViews()}})
+    reference = train(
+        tmp_path / "reference",
+        per_device_train_batch_size=8,
+        **{**run, "strategies": {"finetune": {}, "views": TwoViews()}},
+    )
     assert distance(weights(result), weights(reference)) < 1e-6
 
 
@@ -577,7 +700,9 @@ def test_backward_replaces_the_trainers(tmp_path):
     common = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.0, **SGD}
     plain = train(tmp_path / "plain", **common)
     assert identical(weights(plain), weights(train(tmp_path / "hook", strategies={"hook": PlainBackward()}, **common)))
-    assert not identical(weights(plain), weights(train(tmp_path / "double", strategies={"hook": PlainBackward(2)}, **common)))
+    assert not identical(
+        weights(plain), weights(train(tmp_path / "double", strategies={"hook": PlainBackward(2)}, **common))
+    )
 
 
 class Darken(Strategy):
@@ -593,7 +718,10 @@ def test_batch_changes_what_the_model_sees_and_is_drawn_from_the_position(tmp_pa
     a, b = (train(tmp_path / x, strategies={"finetune": {}, "darken": Darken()}) for x in "ab")
     assert identical(weights(a), weights(b))
     assert not identical(weights(a), weights(train(tmp_path / "c")))
-    assert identical(weights(a), weights(train(tmp_path / "d", strategies={"finetune": {}, "indices": Indices(), "darken": Darken()})))
+    assert identical(
+        weights(a),
+        weights(train(tmp_path / "d", strategies={"finetune": {}, "indices": Indices(), "darken": Darken()})),
+    )
 
 
 def test_two_passes_over_the_same_rows_draw_dropout_twice(tmp_path):
@@ -603,7 +731,13 @@ def test_two_passes_over_the_same_rows_draw_dropout_twice(tmp_path):
             return {}
 
     same: list[bool] = []
-    train(tmp_path, "text", {"finetune": {}, "twice": Twice()}, model=helpers.config("text", **helpers.DROPOUT), max_steps=2)
+    train(
+        tmp_path,
+        "text",
+        {"finetune": {}, "twice": Twice()},
+        model=helpers.config("text", **helpers.DROPOUT),
+        max_steps=2,
+    )
     assert same == [False, False]
 
 

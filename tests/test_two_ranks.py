@@ -25,11 +25,28 @@ def launch(command: list[str]) -> None:
 
 
 def torchrun(arguments: list[str]) -> list[str]:
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(HERE / "rank_cases.py"), *arguments]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(HERE / "rank_cases.py"),
+        *arguments,
+    ]
 
 
 def accelerate(arguments: list[str]) -> list[str]:
-    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(LAUNCH), str(HERE / "rank_cases.py"), *arguments]
+    return [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(LAUNCH),
+        str(HERE / "rank_cases.py"),
+        *arguments,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +118,7 @@ def test_a_fault_on_one_rank_stops_all(two):
     assert all("step 5" in cause for cause in causes)
 
 
+@pytest.mark.slow
 def test_accelerate_launch(teacher, tmp_path):
     """The launch configuration of the recipes."""
     launch(accelerate([str(tmp_path), teacher, "lora+distill+ema"]))

@@ -8,7 +8,8 @@ import torch
 
 
 def weighted_mean(tensors_M: Sequence[torch.Tensor], weights_M: Sequence[float]) -> torch.Tensor:
-    """sum_m w_m theta_m / sum_m w_m, accumulated in float32 as a correction to the first: equal inputs give exactly that input.
+    """sum_m w_m theta_m / sum_m w_m, accumulated in float32 as a correction to the first: equal inputs give exactly
+    that input.
 
     Source: Wortsman et al. 2022, "Model soups", equation (1) for equal weights (arXiv:2203.05482).
     """
