@@ -56,14 +56,19 @@ def execute(recipe: Any, options: argparse.Namespace, name: str) -> Any:
         failing.fail(error, folder, create=bool(options.output_dir))
 
 
+class _Console(logging.StreamHandler):
+    """Our own handler, so that it can be told from those which others attach."""
+
+
 def set_up_logging(debug: bool) -> None:
     main_process = int(os.environ.get("RANK", 0)) == 0
     level = logging.DEBUG if debug else logging.INFO if main_process else logging.ERROR
     for name in ("kt_hf", "kt_hf_plugins"):
         logger = logging.getLogger(name)
         logger.setLevel(level)
+        logger.handlers[:] = [h for h in logger.handlers if not isinstance(h, _Console)]  # its stream may be closed
         if not logger.handlers:
-            handler = logging.StreamHandler()
+            handler = _Console()
             handler.setFormatter(logging.Formatter("%(message)s"))
             logger.addHandler(handler)
             logger.propagate = False

@@ -16,7 +16,8 @@ from kt_hf.functional import averaging
 class Ema(Strategy):
     """Keeps an exponential moving average of the trained weights, which is evaluated and exported.
 
-    decay: weight of the past at every step. warmup: raise the decay as (1 + t) / (10 + t) until it is reached.
+    decay: weight of the past at every step. warmup: raise the decay as (1 + t) / (10 + t) until it is reached; without
+    it, a short run exports little but the weights it started from.
     Batch statistics and other buffers are copied, not averaged.
     """
 
@@ -27,7 +28,7 @@ class Ema(Strategy):
     scope = "weights"
     neutral = {"decay": 0.0}
 
-    def __init__(self, *, decay: Annotated[float, Field(ge=0, lt=1)] = 0.999, warmup: bool = False):
+    def __init__(self, *, decay: Annotated[float, Field(ge=0, lt=1)] = 0.999, warmup: bool = True):
         super().__init__()
         self.decay, self.warmup = decay, warmup
 

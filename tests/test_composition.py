@@ -23,7 +23,7 @@ def teacher(tmp_path_factory) -> str:
 
 
 def full_stack(teacher: str, decay: float = 0.8) -> dict:
-    return {"lora": {"r": 4}, "distill": {"teacher": teacher, "alpha": 0.5}, "ema": {"decay": decay}}
+    return {"lora": {"r": 4}, "distill": {"teacher": teacher, "alpha": 0.5}, "ema": {"decay": decay, "warmup": False}}
 
 
 class Recorder(Strategy):
