@@ -26,6 +26,7 @@ def model_card(
     task: str,
     sentence: str = "",
     base_model: str | None = None,
+    base_revision: str | None = None,
     base_model_relation: str | None = None,
     parents: Sequence[tuple[str, str | None]] = (),
     teacher: Sequence[tuple[str, str | None]] = (),
@@ -42,7 +43,7 @@ def model_card(
         task: pipeline tag, such as `text-classification`.
         sentence: what the evidence says.
         base_model: Hub id or local path of the model that training started from; None for a merge, whose parents
-            stand in for it.
+            stand in for it. base_revision: its commit, where that is known.
         base_model_relation: `finetune`, `adapter`, `merge` or `quantized`.
         parents, teacher: pairs (name, revision).
         datasets: triples (name, split, revision or fingerprint).
@@ -76,7 +77,7 @@ def model_card(
         tags=["kt_hf", *tags],
     )
     body = [f"# {_cell(_portable(model_name))}", _portable(sentence)]
-    body += _section("Origin", _origin_lines(base_model, base_model_relation, parents, teacher))
+    body += _section("Origin", _origin_lines(base_model, base_revision, base_model_relation, parents, teacher))
     body += _section("Data", [f"- {_dataset_text(*dataset)}" for dataset in datasets])
     body += _section("Evaluation", _metric_lines(datasets, metrics))
     body += _section("Settings", _settings_lines(settings))
@@ -129,12 +130,15 @@ def _dataset_of(
 
 def _origin_lines(
     base_model: str | None,
+    revision: str | None,
     relation: str | None,
     parents: Sequence[tuple[str, str | None]],
     teacher: Sequence[tuple[str, str | None]],
 ) -> list[str]:
     lines = (
-        [f"- base model: {_model_text(base_model, None)}{f' ({relation})' if relation else ''}"] if base_model else []
+        [f"- base model: {_model_text(base_model, revision)}{f' ({relation})' if relation else ''}"]
+        if base_model
+        else []
     )
     lines += [f"- parent: {_model_text(*parent)}" for parent in parents]
     return lines + [f"- teacher: {_model_text(*model)}" for model in teacher]

@@ -120,7 +120,7 @@ def _train(context: Context, stage: Train, seed: int, folder: Path) -> dict[str,
         learning_rate=rate,
         best_step=result.best_step,
     )
-    facts["lineage"] = _train_lineage(context, stage, seed)
+    facts["lineage"] = _train_lineage(context, stage, loaded)
     facts["zero_shot"] = zero_shot
     return facts
 
@@ -214,11 +214,13 @@ def _choose_rate(
     return trials, results[best]
 
 
-def _train_lineage(context: Context, stage: Train, seed: int) -> dict[str, Any]:
+def _train_lineage(context: Context, stage: Train, loaded: Loaded) -> dict[str, Any]:
+    """Where the model comes from, as the recipe names it, with the revision that was found."""
     resolved = stage.model
     lineage: dict[str, Any] = {"data": stage.data[0] if stage.data else None}
     if resolved.path:
-        lineage["base_model"], lineage["revision"] = str(resolved.path), resolved.revision
+        lineage["base_model"] = str(resolved.path)
+        lineage["revision"] = resolved.revision or loaded.origin.get("revision")
     elif resolved.config:
         lineage["config"] = resolved.config
     else:
@@ -226,7 +228,9 @@ def _train_lineage(context: Context, stage: Train, seed: int) -> dict[str, Any]:
     for item in stage.strategies:
         name, given = grammar.named(item)
         for key, ref in grammar.settings.references(registry.load("strategy", name), given, "model").items():
-            lineage[key] = str(ref)
+            lineage[key] = ref if isinstance(ref, str) else ref.get("path") or ref.get("config")
+            if isinstance(ref, dict) and ref.get("revision"):
+                lineage[f"{key}_revision"] = ref["revision"]
     return lineage
 
 
