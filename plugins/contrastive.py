@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 from torch import nn
-from torch.nn import functional as F
 
 from kt_hf import Strategy, loading
 from kt_hf.errors import RecipeError
+from kt_hf.functional import losses
 
 _FRESH_SCALE = {"clip": math.log(1 / 0.07), "siglip": math.log(10)}
 _FRESH_BIAS = -10.0
@@ -153,7 +153,7 @@ class Contrastive(Strategy):
         image, text = outputs.image_embeds, outputs.text_embeds
         ranks_N = step.gather(torch.full((len(image),), self.rank, device=image.device))
         offset = (ranks_N < self.rank).sum()
-        rows = clip_rows if self.kind == "clip" else siglip_rows
+        rows = losses.clip_rows if self.kind == "clip" else losses.siglip_rows
         return step.mean(rows(image, text, step.gather(image), step.gather(text), outputs.logit_scale, bias, offset))
 
     def after_step(self, model: nn.Module, progress: float) -> None:
@@ -162,41 +162,3 @@ class Contrastive(Strategy):
         if self.kind == "clip" and self.max_logit_scale and scale.requires_grad:
             with torch.no_grad():
                 scale.clamp_(max=math.log(self.max_logit_scale))
-
-
-def clip_rows(
-    image_BD: torch.Tensor,
-    text_BD: torch.Tensor,
-    images_ND: torch.Tensor,
-    texts_ND: torch.Tensor,
-    scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    offset: torch.Tensor,
-) -> torch.Tensor:
-    """values_B: row i's half of both cross-entropies, -1/2 (log p(text_i | image_i) + log p(image_i | text_i)).
-
-    Radford et al. 2021, figure 3. Own row i is row offset + i of all. The mean over all rows is the CLIP loss.
-    """
-    own_B = (offset + torch.arange(len(image_BD), device=image_BD.device)).clamp(max=len(texts_ND) - 1)
-    to_text_B = F.cross_entropy(scale * image_BD @ texts_ND.T, own_B, reduction="none")
-    to_image_B = F.cross_entropy(scale * text_BD @ images_ND.T, own_B, reduction="none")
-    return (to_text_B + to_image_B) / 2
-
-
-def siglip_rows(
-    image_BD: torch.Tensor,
-    text_BD: torch.Tensor,
-    images_ND: torch.Tensor,
-    texts_ND: torch.Tensor,
-    scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    offset: torch.Tensor,
-) -> torch.Tensor:
-    """values_B: sum over all texts j of -log sigmoid(z_ij (scale x_i y_j + bias)), z_ij = 1 for i's own text, else -1.
-
-    Zhai et al. 2023, section 3.2. Own row i is row offset + i of all. The mean over all images is the SigLIP loss.
-    """
-    logits_BN = scale * image_BD @ texts_ND.T + (0.0 if bias is None else bias)
-    columns_N = torch.arange(len(texts_ND), device=image_BD.device)
-    own_BN = columns_N[None] == (offset + torch.arange(len(image_BD), device=image_BD.device))[:, None]
-    return -F.logsigmoid(torch.where(own_BN, logits_BN, -logits_BN)).sum(1)

@@ -16,10 +16,11 @@ from torch.nn import functional as F
 
 from kt_hf import Loaded, Role, Task, classification, loading
 from kt_hf.errors import DataError, RecipeError
+from kt_hf.functional import retrieval
 from kt_hf.task import Scores
 
 AT = (1, 5, 10)
-_BLOCK, _PROMPTS = 1024, 256
+_PROMPTS = 256
 _OURS = ("index", "labels", "text_id")
 Template = Annotated[str, Field(pattern=r"\{\}")]
 Metric = Literal["auto", "accuracy", "macro_f1", "text_retrieval_recall@1", "image_retrieval_recall@1"]
@@ -66,13 +67,13 @@ class ZeroShotImageClassification(classification.Classification, Task):
     # --- models and rows ---
 
     def load(self, ref: Any, info: Any) -> Loaded:
-        from kt_hf import dual_encoder
+        from kt_hf import dual_encoder, open_clip_models
 
         self._settle(info)
         if ref.image is not None:
             loaded = dual_encoder.load_towers(ref, self._texts(info))
-        elif dual_encoder.names_open_clip(ref):
-            loaded = dual_encoder.load_open_clip(ref)
+        elif open_clip_models.names_open_clip(ref):
+            loaded = open_clip_models.load_open_clip(ref)
         else:
             loaded = dual_encoder.load_transformers(ref, self._texts(info))
         loaded.labels = info.labels
@@ -221,8 +222,8 @@ class ZeroShotImageClassification(classification.Classification, Task):
             return {}
         images, texts, ids = predictions["image_embeds"], predictions["text_embeds"], predictions["text_id"]
         return {
-            "text_retrieval": retrieval_ranks(images, texts, ids),
-            "image_retrieval": retrieval_ranks(texts, images, ids),
+            "text_retrieval": retrieval.ranks(images, texts, ids),
+            "image_retrieval": retrieval.ranks(texts, images, ids),
         }
 
     def table(self, predictions: dict[str, np.ndarray], loaded: Loaded, info: Any) -> dict[str, Any]:
@@ -268,10 +269,10 @@ class ZeroShotImageClassification(classification.Classification, Task):
         return {"labels": loaded.labels, **loaded.processor.signature()}
 
     def save(self, loaded: Loaded, folder: Any) -> None:
-        from kt_hf import dual_encoder
+        from kt_hf import open_clip_models
 
         if loaded.kind == "open_clip":
-            dual_encoder.save_open_clip(loaded, folder)
+            open_clip_models.save_open_clip(loaded, folder)
         else:
             super().save(loaded, folder)
 
@@ -280,22 +281,3 @@ def text_id(text: str) -> int:
     """A 63-bit number of a text; case and the width of blanks do not count, as they do not for CLIP's tokenizers."""
     plain = " ".join(text.casefold().split())
     return int.from_bytes(hashlib.blake2b(plain.encode(), digest_size=8).digest(), "little") >> 1
-
-
-def retrieval_ranks(queries_ND: np.ndarray, candidates_ND: np.ndarray, ids_N: np.ndarray) -> np.ndarray:
-    """ranks_N: how many wrong candidates stand before the best right one, by dot product.
-
-    Row i's right candidates are all rows with its id: where images share a caption, any of them is right. A wrong
-    candidate that ties with the best right one, or whose similarity is not a number, stands before it: embeddings that
-    have collapsed into one find nothing, whatever the order of rows. Recall@k is the share of ranks below k. Works on
-    blocks of rows: memory is M x N.
-    """
-    queries, candidates = torch.from_numpy(queries_ND).float(), torch.from_numpy(candidates_ND).float()
-    ids = torch.from_numpy(np.ascontiguousarray(ids_N))
-    ranks = []
-    for start in range(0, len(queries), _BLOCK):
-        similar_MN = queries[start : start + _BLOCK] @ candidates.T
-        right_MN = ids[start : start + _BLOCK, None] == ids[None]
-        best_M1 = similar_MN.masked_fill(~right_MN, -torch.inf).amax(1, keepdim=True)
-        ranks.append((~(similar_MN < best_M1) & ~right_MN).sum(1))
-    return torch.cat(ranks).numpy()

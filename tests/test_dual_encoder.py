@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from kt_hf_plugins.contrastive import Contrastive, clip_rows, siglip_rows
-from kt_hf_plugins.zero_shot_image_classification import ZeroShotImageClassification, retrieval_ranks, text_id
+from kt_hf_plugins.contrastive import Contrastive
+from kt_hf_plugins.zero_shot_image_classification import ZeroShotImageClassification, text_id
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
@@ -21,6 +21,8 @@ from torch.nn import functional as F
 from kt_hf import Model
 from kt_hf.bundle import Bundle, Position
 from kt_hf.errors import IntegrityError, RecipeError
+from kt_hf.functional.losses import clip_rows, siglip_rows
+from kt_hf.functional.retrieval import ranks as retrieval_ranks
 from kt_hf.task import Loaded
 
 if TYPE_CHECKING:
