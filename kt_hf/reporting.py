@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from kt_hf import checkpoint, evidence, hub, registry
+from kt_hf import checkpoint, evidence, hub, registry, stages
 from kt_hf import folder as folders
 from kt_hf import recipe as grammar
 from kt_hf.evidence import SeedEvidence, StageEvidence
@@ -33,11 +33,11 @@ def finish(context: Context, results: Results, seconds: float) -> dict[str, Any]
     if not context.accelerator.is_main_process:
         context.accelerator.wait_for_everyone()
         return {}
-    stages = [stage_evidence(context, stage, results[stage.name]) for stage in context.recipe.stages]
+    found = [stage_evidence(context, stage, results[stage.name]) for stage in context.recipe.stages]
     names = ("kt_hf", "torch", "transformers", "datasets", "peft", "accelerate", "open_clip_torch")
     report = evidence.build(
         context.recipe.name or context.root.name,
-        stages,
+        found,
         seconds=seconds,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         versions={name: metadata.version(name) for name in names},
@@ -85,7 +85,7 @@ def stage_evidence(context: Context, stage: Stage, results: list[dict[str, Any]]
             for name in stage.compare or []
             if not name.startswith("@")
         },
-        validation_uses=_validation_uses(stage),
+        validation_uses=_validation_uses(context, stage),
         settings=_settings(context, stage),
     )
 
@@ -186,15 +186,14 @@ def _baseline(
     return _evidence(task.measure(found, loaded, info), found, facts, labels)
 
 
-def _validation_uses(stage: Stage) -> list[str]:
+def _validation_uses(context: Context, stage: Stage) -> list[str]:
     uses = []
     if isinstance(stage, Train):
         uses += ["early stopping"] if stage.training.early_stopping_patience else []
         uses += ["the choice of the best step"] if stage.training.load_best_model_at_end else []
-    if isinstance(stage, Merge) and grammar.named(stage.method)[0] == "greedy_soup":
-        uses += ["the choice of members"]
-    if isinstance(stage, Ensemble) and grammar.named(stage.method)[1].get("weights") == "fit":
-        uses += ["the weights"]
+    if isinstance(stage, (Merge, Ensemble)):
+        method = stages.build(stage.verb, stage.method, stage, context.settings)
+        uses += ["the choice of weights"] if method.needs_validation else []
     return uses
 
 
