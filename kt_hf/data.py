@@ -59,8 +59,10 @@ class DataInfo:
             if role not in self.roles:
                 continue
             for value in train[role]:
-                for text in value if isinstance(value, list) else [value]:
-                    yield text["content"] if isinstance(text, dict) else text
+                for part in value if isinstance(value, list) else [value]:
+                    text = part.get("content") if isinstance(part, dict) else part
+                    if isinstance(text, str):
+                        yield text
         yield from self.labels or []
 
     def rows(self, split: str, limit: int | None = None) -> datasets.Dataset:
@@ -368,11 +370,17 @@ def _empty(rows: datasets.Dataset, roles: dict[str, str]) -> np.ndarray:
         if isinstance(rows.features[role], datasets.Image):
             bad_N |= _no_image(column)
         elif role in _TEXT_ROLES:
-            length = (
-                pc.utf8_length(pc.utf8_trim_whitespace(column)) if _is_text(column) else pc.list_value_length(column)
-            )
-            bad_N |= _mask(pc.equal(length.fill_null(0), 0))
+            if _is_text(column):
+                bad_N |= _mask(pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(column)).fill_null(0), 0))
+            else:
+                bad_N |= np.fromiter((_says_nothing(turns) for turns in column.to_pylist()), bool, len(column))
     return bad_N
+
+
+def _says_nothing(turns: list[dict[str, Any]] | None) -> bool:
+    """A chat without a word: no turns, or none with content."""
+    contents = [turn.get("content") for turn in turns or [] if isinstance(turn, dict)]
+    return not any(content.strip() if isinstance(content, str) else content for content in contents)
 
 
 def _mask(values: Any) -> np.ndarray:

@@ -60,6 +60,11 @@ class Run:
             self._frozen[key] = load_frozen(model, self.task, self.info, self.device, self.loaded, str(ref), self.bf16)
         return self._frozen[key]
 
+    def revisions(self) -> dict[str, str]:
+        """The commits of the frozen models that came from the Hub, by the reference that asked for them."""
+        found = {frozen.name: frozen.members[0].origin.get("revision") for frozen in self._frozen.values()}
+        return {name: revision for name, revision in found.items() if revision}
+
 
 def load_frozen(
     model: Model,
@@ -103,6 +108,14 @@ def _agree(task: Task, student: Loaded, teacher: Loaded, name: str, frozen: Froz
             )
     if "num_scores" in ours:
         frozen.num_scores = ours["num_scores"]
+        widths = [_width(loaded.model) for loaded in (teacher, student)]
+        if None not in widths and widths[0] != widths[1]:
+            logger.warning(
+                "teacher '%s' has %d scores and the student %d: both are cut to the %d of their tokenizer",
+                name,
+                *widths,
+                frozen.num_scores,
+            )
     labels, known = ours.get("labels"), theirs.get("labels")
     if labels is None or known is None:
         return []
@@ -113,6 +126,12 @@ def _agree(task: Task, student: Loaded, teacher: Loaded, name: str, frozen: Froz
             "train the teacher on the same classes",
         )
     return [known.index(label) for label in labels]
+
+
+def _width(model: Any) -> int | None:
+    """Entries of a language model's output, which may be padded beyond its tokenizer's."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return None if head is None else int(head.weight.shape[0])
 
 
 def _difference(a: Any, b: Any) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kt_hf import randomness
-from kt_hf.errors import RecipeError
+from kt_hf.errors import DataError, RecipeError
 from kt_hf.loader import Collate, Plan, Rows, Windows, load_batches, transforms
 from kt_hf.task import Batch
 
@@ -112,6 +112,26 @@ class Feed:
             batches[name] = collate(source.rows.__getitems__(next(iter(windows))))
             sizes[name] = next(windows.sizes())[0]
         return batches, sizes
+
+    def check_learnable(self) -> None:
+        """Refuse training rows that hold nothing of some unit of the task's loss. One batch is enough to see that they
+        do; only where there is nothing are all of them looked through.
+
+        Raises `DataError`.
+        """
+        rows, task = self.sources["train"].rows, self.run.task
+        collate, found = Collate(task, self.run.loaded), dict[str, int]()
+        for start in range(0, len(rows), 64):
+            batch = collate(rows.__getitems__([(0, i) for i in range(start, min(start + 64, len(rows)))]))
+            for unit, count in task.units(batch).items():
+                found[unit] = found.get(unit, 0) + int(count)
+            if all(found.values()):
+                return
+        lacking = next(unit for unit, count in found.items() if not count)
+        raise DataError(
+            f"the {len(rows)} training rows hold no {lacking} to learn from",
+            "look at the columns, at what is masked, and at how long rows are cut",
+        )
 
     def index(self, step: int) -> np.ndarray:
         """`index` of all training rows of a step, for messages."""

@@ -141,8 +141,18 @@ def load_model(auto: Any, ref: Model, labels: list[str] | None = None, **changes
         )
     if missing:
         logger.info("new in %s: %s", what, ", ".join(missing))
-    origin = {"path": str(ref.path), "revision": ref.revision or getattr(config, "_commit_hash", None)}
+    origin = {"path": str(ref.path), "revision": commit_of(ref)}
     return Loaded(model, None, names, ids, origin, new_parameters=missing)
+
+
+def commit_of(ref: Model, file: str = "config.json") -> str | None:
+    """The commit of the Hub's repository that was loaded, as the client's cache knows it; None for a folder."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if ref.path is None or Path(ref.path).exists():
+        return None
+    found = try_to_load_from_cache(str(ref.path), file, revision=ref.revision)
+    return Path(found).parent.name if isinstance(found, str) else ref.revision
 
 
 ADAPTER = "adapter_config.json"

@@ -45,7 +45,9 @@ def load_open_clip(ref: Model) -> Loaded:
         raise RecipeError(
             "model.config_overrides: a checkpoint of open_clip is taken as it is", "they are for fresh models"
         )
-    folder = _download_open_clip(ref) if str(ref.path).startswith("hf-hub:") else Path(ref.path)
+    remote = str(ref.path).startswith("hf-hub:")
+    folder = _download_open_clip(ref) if remote else Path(ref.path)
+    origin = {"path": str(ref.path), "revision": folder.name if remote else None}
     described = _read_open_clip(folder / _OPEN_CLIP_CONFIG)
     weights = next((folder / name for name in _OPEN_CLIP_NAMES if (folder / name).is_file()), None)
     if weights is None:
@@ -53,7 +55,7 @@ def load_open_clip(ref: Model) -> Loaded:
             f"{ref.path} has no safetensors weights of open_clip",
             f"kt_hf unpickles nothing; convert them to {_OPEN_CLIP_WEIGHTS}",
         )
-    return _build_open_clip(folder, described, {"path": str(ref.path), "revision": ref.revision}, weights)
+    return _build_open_clip(folder, described, origin, weights)
 
 
 def _download_open_clip(ref: Model) -> Path:

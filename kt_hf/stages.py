@@ -120,7 +120,7 @@ def _train(context: Context, stage: Train, seed: int, folder: Path) -> dict[str,
         learning_rate=rate,
         best_step=result.best_step,
     )
-    facts["lineage"] = _train_lineage(context, stage, loaded)
+    facts["lineage"] = _train_lineage(context, stage, loaded, result.revisions)
     facts["zero_shot"] = zero_shot
     return facts
 
@@ -214,13 +214,13 @@ def _choose_rate(
     return trials, results[best]
 
 
-def _train_lineage(context: Context, stage: Train, loaded: Loaded) -> dict[str, Any]:
+def _train_lineage(context: Context, stage: Train, loaded: Loaded, revisions: dict[str, str]) -> dict[str, Any]:
     """Where the model comes from, as the recipe names it, with the revision that was found."""
     resolved = stage.model
     lineage: dict[str, Any] = {"data": stage.data[0] if stage.data else None}
     if resolved.path:
         lineage["base_model"] = str(resolved.path)
-        lineage["revision"] = resolved.revision or loaded.origin.get("revision")
+        lineage["revision"] = loaded.origin.get("revision") or resolved.revision
     elif resolved.config:
         lineage["config"] = resolved.config
     else:
@@ -229,8 +229,9 @@ def _train_lineage(context: Context, stage: Train, loaded: Loaded) -> dict[str, 
         name, given = grammar.named(item)
         for key, ref in grammar.settings.references(registry.load("strategy", name), given, "model").items():
             lineage[key] = ref if isinstance(ref, str) else ref.get("path") or ref.get("config")
-            if isinstance(ref, dict) and ref.get("revision"):
-                lineage[f"{key}_revision"] = ref["revision"]
+            named = ref.get("revision") if isinstance(ref, dict) else None
+            if revision := revisions.get(str(ref)) or named:
+                lineage[f"{key}_revision"] = revision
     return lineage
 
 
@@ -416,7 +417,7 @@ def _ensemble(context: Context, stage: Ensemble, seed: int, folder: Path) -> dic
 
 def _evaluate(context: Context, stage: Evaluate, seed: int, folder: Path) -> dict[str, Any]:
     task, info = context.task(stage), context.info(stage)
-    model = context.resolve(stage.model, seed)
+    model, revision = context.resolve(stage.model, seed), stage.model.revision
     started = time.perf_counter()
     if ensembling.is_ensemble(Path(str(model.path))):
         paths, combine = ensembling.members(Path(str(model.path)))
@@ -429,14 +430,14 @@ def _evaluate(context: Context, stage: Evaluate, seed: int, folder: Path) -> dic
         loaded = task.load(model, info)
         _refuse_untrained_head(stage.name, task, loaded)
         facts = measured(context, stage, loaded, folder, loaded.model)
-        total = sum(p.numel() for p in loaded.model.parameters())
+        total, revision = sum(p.numel() for p in loaded.model.parameters()), loaded.origin.get("revision") or revision
     facts["cost"] = {
         "seconds": time.perf_counter() - started,
         "total_parameters": total,
         "trained_parameters": 0,
         "optimizer_steps": 0,
     }
-    facts["lineage"] = {"model": str(stage.model.path), "revision": stage.model.revision}
+    facts["lineage"] = {"model": str(stage.model.path), "revision": revision}
     return facts
 
 

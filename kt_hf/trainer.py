@@ -39,7 +39,8 @@ logger = logging.getLogger(__name__)
 class Result:
     """What a training leaves: the exported model, its curves and its cost.
 
-    curve: one point per log (step, loss, learning_rate, terms). evaluations: one point per evaluation.
+    curve: one point per log (step, loss, learning_rate, terms). evaluations: one point per evaluation. revisions:
+    commits of the frozen models, by the reference that the recipe gives.
     """
 
     loaded: Loaded
@@ -47,6 +48,7 @@ class Result:
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     cost: dict[str, Any] = field(default_factory=dict)
     best_step: int | None = None
+    revisions: dict[str, str] = field(default_factory=dict)
 
 
 class Trainer:
@@ -83,6 +85,8 @@ class Trainer:
         self.check_selection()
         self.prepare_model()
         self.feed = Feed(self.run_facts, self.training, self.data, self.strategies, self.stream_info, self.stop_at)
+        if self.task.has_loss and all(s.task_weight(0.0) for s in self.strategies.values()):
+            self.feed.check_learnable()
         try:
             self.wrap()
             start = self.resume()
@@ -509,7 +513,8 @@ class Trainer:
             "trained_parameters": trained,
             "total_parameters": total,
         }
-        return Result(self.loaded, self.curve, self.evaluations, cost, self.best["step"])
+        revisions = self.run_facts.revisions()
+        return Result(self.loaded, self.curve, self.evaluations, cost, self.best["step"], revisions)
 
 
 def planned_steps(training: Training, num_rows: int, world: int) -> int:

@@ -408,6 +408,16 @@ def test_what_is_unclean_is_counted_and_kept_by_default(tmp_path: Path, caplog: 
     assert "1 training rows that are also in validation or test; data.drop=[overlap] drops them" in logged(caplog)
 
 
+def test_chats_without_a_word_are_empty(tmp_path: Path) -> None:
+    turn = {"role": "assistant", "content": "yes"}
+    train = {"messages": [[turn], [], [{"role": "user", "content": " "}], [{"role": "user", "content": None}, turn]]}
+    (tmp_path / "train.jsonl").write_text("".join(f"{json.dumps({'messages': m})}\n" for m in train["messages"]))
+    (tmp_path / "test.jsonl").write_text(json.dumps({"messages": [turn]}) + "\n")
+    info = prepared(tmp_path, "text-generation", drop=["empty"], validation_size=0.5)
+    assert info.counts["empty"] == 2 and sum(len(info.splits[s]) for s in ("train", "validation")) == 2
+    assert list(info.texts()) == ["yes"]
+
+
 @pytest.mark.parametrize(
     ("drop", "train", "validation"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,14 @@ def test_a_recipe_publishes_and_another_starts_from_it(tmp_path):
         again = launch(tmp_path, hub, recipe, *small, "model=writer/digits", "--output-dir", "two")
         assert again.returncode == 0, again.stderr[-2000:]
         assert hub.seen("/writer/digits/resolve/")
+        distill = [str(ROOT / "recipes" / "distill.py"), "stages.distilled.strategies.distill.teacher=writer/digits"]
+        taught = launch(tmp_path, hub, *distill, *small, "--output-dir", "taught")
+        assert taught.returncode == 0, taught.stderr[-2000:]
+        facts = json.loads((tmp_path / "taught" / "distilled" / "stage.json").read_text())
+        assert facts["lineage"]["teacher"] == "writer/digits"
+        assert facts["lineage"]["teacher_revision"] == hub.head("writer/digits").oid
+        card = (tmp_path / "taught" / "distilled" / "model" / "README.md").read_text()
+        assert hub.head("writer/digits").oid in card
         refused = launch(
             tmp_path,
             hub,
@@ -46,7 +55,7 @@ def test_a_recipe_publishes_and_another_starts_from_it(tmp_path):
         assert refused.returncode == 5, refused.stderr[-2000:]
         assert "error.json" in {p.name for p in (tmp_path / "three").iterdir()}
         assert "writer/other" not in hub.repos
-    said = "".join(p.stdout + p.stderr for p in (done, again, refused))
+    said = "".join(p.stdout + p.stderr for p in (done, again, taught, refused))
     written = b"".join(
         p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and p.suffix in (".json", ".yaml", ".md", ".html")
     )

@@ -68,10 +68,12 @@ def said() -> Iterator[list[str]]:
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("kt_hf_plugins.text_generation")
-    logger.addHandler(handler)
+    loggers = [logging.getLogger(name) for name in ("kt_hf_plugins.text_generation", "kt_hf.facts")]
+    for logger in loggers:
+        logger.addHandler(handler)
     yield lines
-    logger.removeHandler(handler)
+    for logger in loggers:
+        logger.removeHandler(handler)
 
 
 def info(**roles: Any) -> Any:
@@ -455,7 +457,7 @@ def test_models_that_would_be_silently_wrong_are_refused(tmp_path: Path) -> None
         task.preprocess({"text": ["a", None]}, loaded, train=True)
 
 
-def test_padded_vocabularies_are_compared_on_the_tokenizer(tmp_path: Path) -> None:
+def test_padded_vocabularies_are_compared_on_the_tokenizer(tmp_path: Path, said: list[str]) -> None:
     """Faults 26: a teacher with more rows than tokens has the same signature, and more scores."""
     task, loaded = fresh()
     loaded.processor.save_pretrained(tmp_path)
@@ -465,9 +467,36 @@ def test_padded_vocabularies_are_compared_on_the_tokenizer(tmp_path: Path) -> No
     batch = batch_of(task, loaded, text=TEXTS[:2])
     widths = [task.scores(task.forward(m.model, batch), batch)[0].shape for m in (loaded, teacher)]
     assert widths[0][0] == widths[1][0] and (widths[0][1], widths[1][1]) == (len(loaded.processor), 384)
+    from kt_hf import facts
+
+    teacher.model.save_pretrained(tmp_path)
+    frozen = facts.load_frozen(Model(path=str(tmp_path)), task, info(), torch.device("cpu"), loaded, "wide")
+    assert frozen.scores(batch).shape[1] == len(loaded.processor)
+    assert any(f"has 384 scores and the student {widths[0][1]}" in text for text in said)
     loaded.processor.chat_template = PLAIN
     mine, theirs = task.signature(loaded), task.signature(teacher)
     assert [k for k in mine if mine[k] != theirs[k]] == ["preprocessing"], "cached rows know the template"
+
+
+def test_a_training_set_with_nothing_to_learn_is_refused(tmp_path: Path) -> None:
+    """Faults 16: all labels are masked, because every prompt fills its row."""
+    import helpers
+
+    long = ["The red stone is near the old river and the tall tree " * 3] * 9
+    rows = {"prompt": long, "completion": ["yes"] * 9}
+    given = info(prompt=0, completion=0)
+    given.fingerprint = "masked"
+    given.splits = {"train": Dataset.from_dict({**rows, "index": list(range(9))})}
+    small = Model(config="llama", config_overrides=SIZES["llama"])
+
+    def start(**settings: Any) -> None:
+        task = TextGeneration(**settings)
+        helpers.make_trainer(tmp_path, task=task, info=given, model=small, max_steps=1).run()
+
+    with pytest.raises(DataError, match="9 training rows hold no token to learn from") as caught:
+        start(max_length=16)
+    assert caught.value.exit_code == 3
+    start(max_length=16, loss_on="all")
 
 
 def test_positions_that_do_not_count_are_never_float32() -> None:
