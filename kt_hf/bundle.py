@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from kt_hf import randomness
+from kt_hf.clock import named
 from kt_hf.errors import RecipeError
 from kt_hf.strategy import Strategy
 from kt_hf.task import Batch, Loaded, Task
@@ -144,13 +145,13 @@ class Bundle(nn.Module):
         strategies: dict[str, Strategy],
         label_smoothing: float = 0.0,
         chunk: int = 0,
-        bf16: bool = False,
+        autocast: torch.dtype | None = None,
     ):
         super().__init__()
         self.model = loaded.model
         self.strategies = nn.ModuleDict(strategies)
         self.task, self.loaded = task, loaded
-        self.label_smoothing, self.chunk, self.bf16 = label_smoothing, chunk, bf16
+        self.label_smoothing, self.chunk, self.autocast = label_smoothing, chunk, autocast
         self.forward_kwargs = merge_forward_kwargs(strategies)
         # Plain mappings, which register nothing: those that have the hook, since every call is seeded.
         self.changers = {n: s for n, s in strategies.items() if type(s).batch is not Strategy.batch}
@@ -178,7 +179,7 @@ class Bundle(nn.Module):
         context: Any = None,
     ) -> Any:
         device = next(self.parameters()).device.type
-        with torch.autocast(device, torch.bfloat16) if self.bf16 else nullcontext():
+        with torch.autocast(device, self.autocast) if self.autocast else nullcontext():
             if mode == "loss":
                 assert position is not None
                 return self.terms(batch, streams or {}, position)
@@ -196,7 +197,8 @@ class Bundle(nn.Module):
         stack = self.stack()
         for name, strategy in self.changers.items():
             randomness.seed_all("batch", name, *where)
-            batch = strategy.batch(batch, self.model, position.progress)
+            with named(f"{name}.batch"):
+                batch = strategy.batch(batch, self.model, position.progress)
         step = Step(self, batch, streams, position)
         weight = 1.0
         for strategy in stack.values():
@@ -214,8 +216,9 @@ class Bundle(nn.Module):
             step.outputs  # noqa: B018  the task's forward goes first, whatever the weights
         for name, strategy in self.objectives.items():
             randomness.seed_all("loss", name, *where)
-            for key, value in strategy.loss(step).items():
-                terms[f"{name}/{key}"] = value
+            with named(f"{name}.loss"):
+                found = strategy.loss(step)
+            terms |= {f"{name}/{key}": value for key, value in found.items()}
         return terms
 
     def encode(self, batch: Batch) -> Any:
@@ -294,7 +297,7 @@ class Frozen:
     combine: Any = None
     classes: list[list[int]] = field(default_factory=list)
     num_scores: int | None = None
-    bf16: bool = False
+    autocast: torch.dtype | None = None
 
     def outputs(self, batch: Batch) -> Any:
         """Raw outputs of a single frozen model."""
@@ -303,7 +306,7 @@ class Frozen:
 
     def _forward(self, member: Loaded, batch: Batch) -> Any:
         device = next(member.model.parameters()).device.type
-        with torch.no_grad(), torch.autocast(device, torch.bfloat16) if self.bf16 else nullcontext():
+        with torch.no_grad(), torch.autocast(device, self.autocast) if self.autocast else nullcontext():
             return self.task.forward(member.model, batch)
 
     def scores(self, batch: Batch) -> torch.Tensor:

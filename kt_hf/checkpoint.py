@@ -113,8 +113,12 @@ def save(
     facts: dict[str, Any],
     keep: int,
     protect: Collection[str] = (),
-) -> Path:  # type: ignore[assignment]
-    """Save a checkpoint as `folder/step-<step>` and remove the oldest beyond `keep`, never those in `protect`."""
+    about: dict[str, Any] | None = None,
+) -> Path:
+    """Save a checkpoint as `folder/step-<step>` and remove the oldest beyond `keep`, never those in `protect`.
+
+    about: facts of the process for the manifest, such as its number of threads.
+    """
     final = folder / f"step-{step:06d}"
     staged = folder / f".{final.name}.partial"
     with disk(folder):
@@ -124,7 +128,7 @@ def save(
         try:
             files = {"state.safetensors": write(staged / "state.safetensors", tensor_chunks(tensors))}
             files["trainer.json"] = write_json(staged / "trainer.json", facts)
-            write_manifest(staged, files, step=step)
+            write_manifest(staged, files, step=step, **(about or {}))
             fsync_folder(staged)
             shutil.rmtree(final, ignore_errors=True)
             os.rename(staged, final)
@@ -179,12 +183,12 @@ def verify(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that verifies, with its facts; those that do not are named in a warning."""
+def newest(folder: Path) -> tuple[Path, dict[str, Any], dict[str, Any]] | None:
+    """The newest checkpoint that verifies, its facts and its manifest; those that do not are named in a warning."""
     for path in reversed(steps(folder)):
         try:
-            verify(path)
-            return path, json.loads((path / "trainer.json").read_text())
+            manifest = verify(path)
+            return path, json.loads((path / "trainer.json").read_text()), manifest
         except IntegrityError as error:
             logger.warning("skipping checkpoint %s: %s", path.name, error.cause)
     return None

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kt_hf import randomness
+from kt_hf import randomness, signals
 from kt_hf.data import DataInfo
 from kt_hf.loader import Rows, evaluation_batches, load_batches
 from kt_hf.task import Loaded, Scores, Task
@@ -51,6 +51,8 @@ def predict(
                 out = bundle(mode, to_device(batch, accelerator.device), context=context)
                 own = torch.tensor([epoch >= 0 for epoch, _ in items])
                 index = torch.where(own, batch["index"].cpu(), -1)
+                if accelerator.num_processes == 1:  # several could not agree here on where to stop
+                    signals.check(" in an evaluation")
                 found.append({**{k: v.cpu() for k, v in out.items()}, "index": index})
     finally:
         inner.end_evaluation()

@@ -34,7 +34,7 @@ class Run:
     info: DataInfo
     planned_steps: int
     resolve: Callable[[Any], Model]
-    bf16: bool = False
+    autocast: torch.dtype | None = None
     _frozen: dict[str, Frozen] = field(default_factory=dict)
 
     @property
@@ -57,7 +57,9 @@ class Run:
         model = self.resolve(ref)
         key = f"{model.path}@{model.revision}"
         if key not in self._frozen:
-            self._frozen[key] = load_frozen(model, self.task, self.info, self.device, self.loaded, str(ref), self.bf16)
+            self._frozen[key] = load_frozen(
+                model, self.task, self.info, self.device, self.loaded, str(ref), self.autocast
+            )
         return self._frozen[key]
 
     def revisions(self) -> dict[str, str]:
@@ -73,7 +75,7 @@ def load_frozen(
     device: torch.device,
     student: Loaded | None,
     name: str,
-    bf16: bool = False,
+    autocast: torch.dtype | None = None,
 ) -> Frozen:
     """A model directory or a folder of ensemble members, frozen."""
     from kt_hf import ensembling
@@ -84,7 +86,7 @@ def load_frozen(
     members = [task.load(r, info) for r in refs]
     for member in members:
         member.model.requires_grad_(False).eval().to(device)
-    frozen = Frozen(members, task, name, combine, bf16=bf16)
+    frozen = Frozen(members, task, name, combine, autocast=autocast)
     if student is not None:
         for member in members:
             frozen.classes.append(_agree(task, student, member, name, frozen))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from kt_hf.errors import KtError, Mistakes
+from kt_hf.signals import Interrupted
 
 UNWRITABLE = (
     errno.EACCES,
@@ -65,7 +66,8 @@ def describe(error: BaseException) -> tuple[int, str, str, list[KtError]]:
     if isinstance(error, KtError):
         return error.exit_code, error.cause, error.remedy, []
     if isinstance(error, KeyboardInterrupt):
-        return 130, "interrupted", "run the same command again to continue", []
+        code = error.exit_code if isinstance(error, Interrupted) else 130
+        return code, str(error) or "interrupted", "run the same command again to continue", []
     text = " ".join(f"{type(error).__name__}: {error}".split())[:400]
     if type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "out of memory" in text.lower():
         remedy = "lower per_device_train_batch_size, set forward_chunk_size or gradient_checkpointing"

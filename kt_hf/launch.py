@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kt_hf import failing
+from kt_hf import failing, signals
 from kt_hf import recipe as grammar
 from kt_hf.errors import Collector
 
@@ -47,6 +47,7 @@ def execute(recipe: Any, options: argparse.Namespace, name: str) -> Any:
     """Run with parsed options. A failure is one line of cause and one of remedy, `error.json`, and an exit code."""
     output: list[Path] = [Path(options.output_dir)] if options.output_dir else []
     set_up_logging(options.debug)
+    signals.install()
     try:
         return _run(recipe, options, name, output)
     except (Exception, KeyboardInterrupt) as error:

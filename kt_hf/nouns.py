@@ -149,7 +149,9 @@ class Training(Noun):
     eval_steps, save_steps: every so many optimizer steps; a value below 1 is a fraction of the run, 0 is never.
     Without a value, evaluation is after every epoch but at most ten times, and nothing is saved before the end.
     metric_for_best_model: with load_best_model_at_end or early_stopping_patience; the task's first metric by default.
-    num_threads: CPU threads of a rank.
+    num_threads: CPU threads of a rank. non_finite: `stop` on a loss or gradient that is not finite, or `skip` such
+    steps and count them. torch_compile, channels_last: compile the model; keep images with channels last.
+    profile_steps: write a trace of so many steps to `<stage>/logs/trace.json`.
     """
 
     def __init__(
@@ -174,6 +176,9 @@ class Training(Noun):
         warmup_steps: NotNegative = 0,
         label_smoothing_factor: Annotated[float, Field(ge=0, lt=1)] = 0.0,
         bf16: bool = False,
+        fp16: bool = False,
+        torch_compile: bool = False,
+        channels_last: bool = False,
         gradient_checkpointing: bool = False,
         forward_chunk_size: NotNegative = 0,
         eval_steps: Annotated[float, Field(ge=0, le=10**9)] | None = None,
@@ -188,6 +193,8 @@ class Training(Noun):
         dataloader_num_workers: Annotated[int, Field(ge=0, le=1024)] = 0,
         dataloader_drop_last: bool = False,
         full_determinism: bool = False,
+        non_finite: Literal["stop", "skip"] = "stop",
+        profile_steps: NotNegative = 0,
         num_threads: Annotated[int, Field(ge=0, le=4096)] = 0,
         seed: Seed = 42,
         **unknown: Any,

@@ -90,10 +90,25 @@ def build(training: Training, groups_: list[dict[str, Any]], lr: float) -> torch
         fused = training.optim == "adamw_torch_fused"
         return torch.optim.AdamW(groups_, lr=lr, betas=betas, eps=training.adam_epsilon, fused=fused)
     if training.optim == "sgd":
-        return torch.optim.SGD(groups_, lr=lr, momentum=training.momentum)
+        return torch.optim.SGD(groups_, lr=lr, momentum=training.momentum, fused=True)
     from transformers import Adafactor
 
     return Adafactor(groups_, lr=lr, scale_parameter=False, relative_step=False)
+
+
+def is_fused(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it leaves out an update by itself where `found_inf` says so."""
+    return all(group.get("fused") for group in optimizer.param_groups)
+
+
+def channels_last(batch: dict[str, Any]) -> dict[str, Any]:
+    """Images with their channels last in memory, which convolutions prefer on most devices."""
+    return {
+        key: value.contiguous(memory_format=torch.channels_last)
+        if isinstance(value, torch.Tensor) and value.dim() == 4 and value.is_floating_point()
+        else value
+        for key, value in batch.items()
+    }
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, torch.Tensor]:

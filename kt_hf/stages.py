@@ -159,7 +159,7 @@ def _train_once(context: Context, stage: Train, seed: int, folder: Path, rate: f
         info,
         steps,
         lambda ref: context.resolve(ref, seed),
-        training.bf16,
+        trainer.half(training),
     )
     stack = build_stack(stage, context.settings)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
+import signal
 import time
 import warnings
 from collections.abc import Callable
@@ -19,15 +19,17 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import nn
-from tqdm.auto import tqdm
 
-from kt_hf import checkpoint, evaluation, optimizer, randomness
+from kt_hf import checkpoint, evaluation, optimizer, randomness, signals
 from kt_hf.bundle import Bundle, Position
+from kt_hf.clock import Clock, Tracer
 from kt_hf.errors import DataError, NonFiniteError, RecipeError
 from kt_hf.facts import Run
 from kt_hf.feed import Feed, Sizes, global_batch
 from kt_hf.loader import Plan  # the plan checks transforms before data are read
 from kt_hf.loader import transforms as transforms
+from kt_hf.notes import Notes
+from kt_hf.progress import Progress
 from kt_hf.recipe import Data, Training
 from kt_hf.strategy import Strategy
 from kt_hf.task import Batch, Loaded
@@ -73,9 +75,9 @@ class Trainer:
         self.seconds = 0.0
         self.best: dict[str, Any] = {"step": None, "value": None, "waited": 0}
         self.stop_at = max(1, round(run.planned_steps * until)) if until < 1 else run.planned_steps
-        self.log_terms: dict[str, torch.Tensor] = {}
         self.log_since = 0
         self.saved = 0
+        self.told = TellTale(run)
         self.wrapped: Any = None
 
     # --- the whole, top to bottom ---
@@ -121,12 +123,14 @@ class Trainer:
         if t.gradient_checkpointing:
             checkpoint_gradients(model)
         model.to(run.device)
+        if t.channels_last:
+            model.to(memory_format=torch.channels_last)
         self.loaded.model = model
         for name, strategy in self.strategies.items():
             randomness.seed_all("ready", name, run.seed)
             strategy.ready(model, run)
         self.bundle = Bundle(
-            self.loaded, self.task, self.strategies, t.label_smoothing_factor, t.forward_chunk_size, t.bf16
+            self.loaded, self.task, self.strategies, t.label_smoothing_factor, t.forward_chunk_size, half(t)
         ).to(run.device)
         self.trainable = list(optimizer.named_trainable(self.bundle).values())
         if not self.trainable:
@@ -139,7 +143,17 @@ class Trainer:
         self.optimizer = optimizer.build(
             t, optimizer.groups(self.bundle, self.strategies, t.weight_decay), self.base_rate
         )
+        self.notes = Notes(run.device, run.world, skip=t.non_finite == "skip")
+        self.scaler = torch.amp.GradScaler(run.device.type) if t.fp16 else None
+        self.clock = Clock(run.device)
+        self.buffers_before = self.kept_buffers()
         self.backward_hook = next((s.backward for s in self.strategies.values() if s.backward is not None), None)
+
+    def kept_buffers(self) -> dict[str, torch.Tensor]:
+        """Copies of the batch statistics, where steps may be skipped."""
+        if self.training.non_finite != "skip":
+            return {}
+        return {name: buffer.clone() for name, buffer in self.bundle.named_buffers() if buffer.is_floating_point()}
 
     def wrap(self) -> None:
         """Give the bundle to accelerate; DDP has to know beforehand whether some weights may get no gradient."""
@@ -151,6 +165,8 @@ class Trainer:
         with warnings.catch_warnings():  # torch renames the flag by which DDP is told to leave buffers alone
             warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
             self.wrapped = self.accelerator.prepare_model(self.bundle)
+        if self.training.torch_compile:
+            self.bundle.model.compile()  # in place: names of weights stay
 
     def misses_parameters(self) -> bool:
         """Whether the first loss does not reach some trainable parameter, on any rank."""
@@ -171,36 +187,53 @@ class Trainer:
     # --- the loop ---
 
     def loop(self, start: int) -> None:
+        """Steps from `start` on, each with what is due after it."""
         t, run = self.training, self.run_facts
-        eval_every, save_every = self.cadence(t.eval_steps, True), self.cadence(t.save_steps, False)
-        self.bad = torch.full((), -1, dtype=torch.int64, device=run.device)
-        quiet = not (self.accelerator.is_main_process and sys.stderr.isatty())
-        steps = self.feed.steps(start)
-        with (
-            tqdm(
-                total=self.stop_at, initial=start, desc=run.folder.name, disable=quiet, leave=False, dynamic_ncols=True
-            ) as bar,
-            closing(steps),
-        ):
-            for step, (window, sizes) in enumerate(steps, start):
-                window = [
-                    {name: evaluation.to_device(batch, run.device) for name, batch in micro.items()} for micro in window
-                ]
+        self.eval_every, self.save_every = self.cadence(t.eval_steps, True), self.cadence(t.save_steps, False)
+        progress = Progress(run.folder.name, self.stop_at, start, self.accelerator.is_main_process)
+        tracer = Tracer(t.profile_steps, run.folder / "logs" / "trace.json")
+        with closing(progress), closing(tracer), closing(self.feed.steps(start)) as steps, signals.patience():
+            if start and self.judge(start, progress):  # the run ended between saving and evaluating
+                return
+            for step in range(start, self.stop_at):
+                with self.clock.phase("data"):
+                    window, sizes = next(steps)
+                    window = [{k: self.to_device(batch) for k, batch in micro.items()} for micro in window]
                 self.step(step, window, sizes)
-                bar.update()
+                progress.step()
+                tracer.step()
                 done = step + 1
-                last = done == self.stop_at
-                if done % t.logging_steps == 0 or last:
-                    self.log(done, bar)
-                if eval_every and (done % eval_every == 0 or last):
-                    self.check_finite()
-                    self.evaluate(done)
-                    if self.exhausted():
-                        self.log(done, bar)
-                        self.stop_at = done
-                        return
-                if save_every and done % save_every == 0 and not last:
+                if done % t.logging_steps == 0 or done == self.stop_at:
+                    self.log(done, progress)
+                if self.judge(done, progress):
+                    return
+                if self.save_every and done % self.save_every == 0 and done < self.stop_at:
                     self.save(done)
+                if self.told.to_stop:
+                    self.save(done)
+                    raise signals.Interrupted(signals.received() or signal.SIGTERM, f"; saved at step {done}")
+
+    def judge(self, done: int, progress: Progress) -> bool:
+        """Evaluate where that is due and was not yet done; True where that ends the training."""
+        due = self.eval_every and (done % self.eval_every == 0 or done == self.stop_at)
+        if not due or any(found["step"] == done for found in self.evaluations):
+            return False
+        self.check_finite()
+        try:
+            with self.clock.phase("evaluation"):
+                self.evaluate(done, progress)
+        except signals.Interrupted:
+            self.save(done)
+            raise
+        if not self.exhausted():
+            return False
+        self.log(done, progress)
+        self.stop_at = done
+        return True
+
+    def to_device(self, batch: Batch) -> Batch:
+        batch = evaluation.to_device(batch, self.run_facts.device)
+        return optimizer.channels_last(batch) if self.training.channels_last else batch
 
     def step(self, step: int, window: list[dict[str, Batch]], sizes: list[Sizes]) -> None:
         """One optimizer step over its window of micro-batches."""
@@ -208,8 +241,10 @@ class Trainer:
         positions = [self.position(step, i, len(window), counts, size) for i, size in enumerate(sizes)]
 
         def compute(i: int) -> torch.Tensor:
-            terms = self.wrapped("loss", window[i]["train"], _extra(window[i]), positions[i])
-            return self.total(terms)
+            with self.clock.phase("forward"):
+                terms = self.wrapped("loss", window[i]["train"], _extra(window[i]), positions[i])
+                total = self.total(terms)
+                return total if self.scaler is None else self.scaler.scale(total)
 
         try:
             if self.backward_hook is not None:
@@ -217,7 +252,9 @@ class Trainer:
             else:
                 for i in range(len(window)):
                     with self.accelerator.no_sync(self.wrapped) if i + 1 < len(window) else nullcontext():
-                        self.accelerator.backward(compute(i))
+                        total = compute(i)
+                        with self.clock.phase("backward"):
+                            self.accelerator.backward(total)
         except RuntimeError as error:
             if "finished reduction" in str(error):
                 raise RecipeError(
@@ -225,7 +262,8 @@ class Trainer:
                     "let the term fade with a factor instead",
                 ) from error
             raise
-        self.update(step, positions[0].progress)
+        with self.clock.phase("optimizer"):
+            self.update(step, positions[0].progress)
 
     def total(self, terms: dict[str, torch.Tensor]) -> torch.Tensor:
         """The sum of the terms that have a gradient; all are added up for the log."""
@@ -236,9 +274,7 @@ class Trainer:
                 "freeze less, or add an objective",
             )
         total = torch.stack(trained).sum() if len(trained) > 1 else trained[0]
-        for name, value in {**terms, "loss": total}.items():
-            value = value.detach().float()
-            self.log_terms[name] = self.log_terms[name] + value if name in self.log_terms else value
+        self.notes.add(terms, total)
         return total
 
     def update(self, step: int, progress: float) -> None:
@@ -250,47 +286,55 @@ class Trainer:
             if scale == 0:  # as if frozen: no decay, no moments, no part in the norm
                 for parameter in group["params"]:
                     parameter.grad = None
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.trainable if p.grad is not None], foreach=True).to(
-            self.bad.device
-        )
-        self.guard(step, norm)
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self.trainable if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients, foreach=True).to(self.run_facts.device)
+        bad = self.notes.close(step, norm, overflow_is_bad=self.scaler is None)
         if t.max_grad_norm:
             torch.nn.utils.clip_grads_with_norm_(self.trainable, t.max_grad_norm, norm, foreach=True)
-        self.optimizer.step()
+        self.make_update(bad)
         for strategy in self.strategies.values():
             strategy.after_step(self.bundle.model, progress)
         self.optimizer.zero_grad(set_to_none=True)
 
-    def guard(self, step: int, norm: torch.Tensor) -> None:
-        """Note the first step whose loss or gradient is not finite, without waiting for the device.
-
-        From that step on no update is made: by the fused optimizer on the device, and at once on a CPU, where
-        looking is free.
-        """
-        finite = torch.isfinite(norm) & torch.isfinite(self.log_terms["loss"])
-        self.bad = torch.where((self.bad < 0) & ~finite, torch.full_like(self.bad, step), self.bad)
-        if self.bad.device.type == "cpu":
-            if not torch.isfinite(norm):  # the same on all ranks
-                self.check_finite()
-        elif self.training.optim == "adamw_torch_fused":
-            self.optimizer.found_inf = (self.bad >= 0).float()  # type: ignore[attr-defined]
+    def make_update(self, bad: torch.Tensor) -> None:
+        """Step the optimizer, unless the numbers are bad. Fused optimizers decide that on the device; for the others
+        somebody has to look, which waits for the device at every step."""
+        if self.scaler is not None:  # skips what overflows, and halves the scale
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        elif optimizer.is_fused(self.optimizer):
+            self.optimizer.found_inf = bad  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif not bad.item():
+            self.optimizer.step()
+        for name, kept in self.buffers_before.items():  # a bad batch would spoil running statistics for good
+            buffer = self.bundle.get_buffer(name)
+            buffer.copy_(torch.where(bad > 0, kept, buffer))
+            kept.copy_(buffer)
 
     def count(self, window: list[dict[str, Batch]], sizes: list[Sizes]) -> dict[str, dict[str, Any]]:
         """Units in the window over all ranks, by stream. At least 1, so that an empty window has a loss of 0."""
-        local: dict[tuple[str, str], Any] = {}
+        world, local = self.run_facts.world, dict[tuple[str, str], Any]()
         for batches, size in zip(window, sizes, strict=True):
             for stream, batch in batches.items():
                 counts = size[stream][self.run_facts.rank] > 0
                 for unit, n in self.task.units(batch).items():
                     local[stream, unit] = local.get((stream, unit), 0) + (n if counts else n * 0)
-        values = torch.stack(
-            [torch.as_tensor(v, dtype=torch.float32, device=self.run_facts.device) for v in local.values()]
-        )
-        if self.run_facts.world > 1:
-            torch.distributed.all_reduce(values)
         found: dict[str, dict[str, Any]] = {}
-        for (stream, unit), value in zip(local, values.clamp(min=1), strict=True):
-            found.setdefault(stream, {})[unit] = value
+        values: Any = local.values()
+        if world > 1:
+            shared = [*values, self.told.mark]
+            everywhere = torch.stack(
+                [torch.as_tensor(v, dtype=torch.float32, device=self.run_facts.device) for v in shared]
+            )
+            torch.distributed.all_reduce(everywhere)
+            *values, told = everywhere.unbind()
+            self.told.hear(told)
+        for (stream, unit), value in zip(local, values, strict=True):
+            at_least_one = value.clamp(min=1) if isinstance(value, torch.Tensor) else max(value, 1)
+            found.setdefault(stream, {})[unit] = at_least_one
         return found
 
     def position(self, step: int, i: int, n: int, counts: Any, sizes: Sizes) -> Position:
@@ -309,53 +353,36 @@ class Trainer:
 
     # --- looking, judging, saving ---
 
-    def log(self, done: int, bar: Any) -> None:
-        if done == self.log_since or not self.log_terms:
+    def log(self, done: int, progress: Progress) -> None:
+        if done == self.log_since:
             return
-        self.share_log_terms()
         self.check_finite()
         steps, self.log_since = done - self.log_since, done
-        values = (torch.stack(list(self.log_terms.values())) / steps).tolist()
-        terms, self.log_terms = dict(zip(self.log_terms, values, strict=True)), {}
+        terms = self.notes.means(steps)
         point = {"step": done, "loss": terms.pop("loss"), "learning_rate": self.rate, "terms": terms}
         self.curve.append(point)
-        bar.set_postfix(loss=f"{point['loss']:.4f}", lr=f"{self.rate:.2e}")
+        self.clock.settle()
+        progress.losses(point)
         if self.track is not None:
-            self.track(
-                {
-                    "train/loss": point["loss"],
-                    "train/learning_rate": self.rate,
-                    **{f"train/{k}": v for k, v in terms.items()},
-                },
-                done,
-            )
-        logger.debug("step %d: loss %.4f", done, point["loss"])
-
-    def share_log_terms(self) -> None:
-        """Make the sums for the log those of all ranks, so that one rank can write or save them."""
-        if self.run_facts.world > 1 and self.log_terms:
-            values = torch.stack(list(self.log_terms.values()))
-            torch.distributed.all_reduce(values)
-            self.log_terms = dict(zip(self.log_terms, (values / self.run_facts.world).unbind(), strict=True))
+            values = {"loss": point["loss"], "learning_rate": self.rate, "grad_norm": float(self.notes.norm or 0.0)}
+            self.track({f"train/{k}": v for k, v in {**values, **terms}.items()}, done)
 
     def check_finite(self) -> None:
-        """Stop when a loss or gradient was not finite since the last look. Reading the flag waits for the device."""
-        bad = self.bad.clone()
-        if self.run_facts.world > 1:
-            torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX)
-        step = int(bad)
-        if step < 0:
+        """Stop when a loss or gradient was not finite since the last look. Reading the notes waits for the device."""
+        found = self.notes.first_bad()
+        if found is None:
             return
+        step, wrong = found
         rows = self.feed.index(step)
         shown = ", ".join(map(str, rows[:16])) + (f", ... ({len(rows)})" if len(rows) > 16 else "")
-        wrong = [k for k, v in self.log_terms.items() if not math.isfinite(float(v))]
         saved = checkpoint.steps(self.checkpoints)
         raise NonFiniteError(
             f"training became non-finite at step {step + 1} ({', '.join(wrong) or 'gradient'}; training rows {shown})",
-            f"lower learning_rate, or look at these rows; the last checkpoint is {saved[-1].name if saved else 'none'}",
+            f"lower learning_rate, or look at these rows, or non_finite=skip; the last checkpoint is "
+            f"{saved[-1].name if saved else 'none'}",
         )
 
-    def evaluate(self, done: int) -> None:
+    def evaluate(self, done: int, progress: Progress) -> None:
         """Measure on validation data; keep what the choice of the best needs."""
         if "validation" not in self.info.splits:
             return
@@ -378,12 +405,8 @@ class Trainer:
             )
         value = scores.metrics[name]
         better = self.best["value"] is None or (value > self.best["value"] if higher else value < self.best["value"])
-        logger.info(
-            "%s step %d: %s",
-            self.run_facts.folder.name,
-            done,
-            ", ".join(f"{k} {v:.4f}" for k, v in scores.metrics.items()),
-        )
+        shown = ", ".join(f"{k} {v:.4f}" for k, v in scores.metrics.items())
+        progress.say(f"{shown}{', the best so far' if better else ''}")
         if better:
             self.best = {"step": done, "value": value, "waited": 0}
             if self.training.load_best_model_at_end and done < self.run_facts.planned_steps:
@@ -426,34 +449,39 @@ class Trainer:
             return
         self.saved = done
         self.check_finite()
-        self.share_log_terms()
-        tensors = self.model_tensors()
-        state = {f"optim/{k}": v for k, v in optimizer.state_tensors(self.optimizer, self.names).items()}
-        facts = {
+        with self.clock.phase("saving"):
+            state = {f"optim/{k}": v for k, v in optimizer.state_tensors(self.optimizer, self.names).items()}
+            tensors, facts = {**self.model_tensors(), **state}, self.facts(done)
+            if self.accelerator.is_main_process:
+                protect = {f"step-{self.best['step']:06d}"} if self.best["step"] else set()
+                about = {"world": self.run_facts.world, "threads": torch.get_num_threads()}
+                limit = self.training.save_total_limit
+                checkpoint.save(self.checkpoints, done, tensors, facts, limit, protect, about)
+            self.accelerator.wait_for_everyone()
+
+    def facts(self, done: int) -> dict[str, Any]:
+        """What a checkpoint holds beside tensors."""
+        return {
             "step": done,
             "curve": self.curve,
             "evaluations": self.evaluations,
             "best": self.best,
-            "log_terms": {k: float(v) for k, v in self.log_terms.items()},
+            "notes": self.notes.state(),
             "log_since": self.log_since,
+            "scaler": self.scaler.state_dict() if self.scaler is not None else None,
             "seconds": self.seconds + time.perf_counter() - self.started,
+            "phases": self.clock.seconds,
             "global_batch": global_batch(self.training, self.run_facts.world),
             "data": self.info.fingerprint,
             "labels": self.loaded.labels,
         }
-        if self.accelerator.is_main_process:
-            protect = {f"step-{self.best['step']:06d}"} if self.best["step"] else set()
-            checkpoint.save(
-                self.checkpoints, done, {**tensors, **state}, facts, self.training.save_total_limit, protect
-            )
-        self.accelerator.wait_for_everyone()
 
     def resume(self) -> int:
         """Continue from the newest checkpoint that verifies; returns the step to start from."""
         found = checkpoint.newest(self.checkpoints)
         if found is None:
             return 0
-        path, facts = found
+        path, facts, about = found
         self.check_same(path, facts)
         rest = checkpoint.load_into(path, self.model_tensors())
         saved = checkpoint.read_tensors(path, {name for name in rest if name.startswith("optim/")})
@@ -461,11 +489,24 @@ class Trainer:
             self.optimizer, self.names, {k.removeprefix("optim/"): v for k, v in saved.items()}, self.run_facts.device
         )
         self.curve, self.evaluations, self.best = facts["curve"], facts["evaluations"], facts["best"]
-        logger.warning("%s: resumed at step %d", self.run_facts.folder.name, facts["step"])
-        device = self.run_facts.device
-        self.log_terms = {k: torch.tensor(v, device=device) for k, v in facts["log_terms"].items()}
+        self.notes.restore(facts["notes"], self.run_facts.rank)
+        if self.scaler is not None and facts["scaler"]:
+            self.scaler.load_state_dict(facts["scaler"])
         self.log_since, self.seconds = facts["log_since"], facts["seconds"]
+        self.clock.seconds.update(facts["phases"])
+        self.buffers_before = self.kept_buffers()
         self.saved = int(facts["step"])
+        logger.warning("%s: resumed at step %d", self.run_facts.folder.name, self.saved)
+        now = {"world": self.run_facts.world, "threads": torch.get_num_threads()}
+        for key, what in (("world", "processes"), ("threads", "threads")):
+            if about.get(key) != now[key]:
+                logger.warning(
+                    "%s was saved with %s %s, now there are %d: sums may differ in their last bits",
+                    path.name,
+                    about.get(key),
+                    what,
+                    now[key],
+                )
         return self.saved
 
     def check_same(self, path: Path, facts: dict[str, Any]) -> None:
@@ -514,7 +555,46 @@ class Trainer:
             "total_parameters": total,
         }
         revisions = self.run_facts.revisions()
+        skipped = float(self.notes.skipped)
+        if skipped:
+            cost["skipped_steps"] = int(skipped)
+            logger.warning("%s: %d steps were not finite and were skipped", self.run_facts.folder.name, skipped)
         return Result(self.loaded, self.curve, self.evaluations, cost, self.best["step"], revisions)
+
+
+class TellTale:
+    """Whether a signal asks to stop. Ranks learn it together, from a sum that they exchange in every step; what a GPU
+    summed is read two steps later, when it is there anyhow."""
+
+    def __init__(self, run: Run):
+        self.run, self.agreed = run, False
+        self._coming: list[tuple[torch.Tensor, Any]] = []
+
+    @property
+    def mark(self) -> float:
+        return float(signals.received() is not None)
+
+    @property
+    def to_stop(self) -> bool:
+        return self.agreed if self.run.world > 1 else signals.received() is not None
+
+    def hear(self, total: torch.Tensor) -> None:
+        if total.device.type != "cuda":
+            self.agreed = bool(total > 0)
+            return
+        event, here = torch.cuda.Event(), torch.empty((), pin_memory=True)
+        here.copy_(total, non_blocking=True)
+        event.record()
+        self._coming.append((here, event))
+        if len(self._coming) > 2:
+            here, event = self._coming.pop(0)
+            event.synchronize()
+            self.agreed = bool(here > 0)
+
+
+def half(training: Training) -> torch.dtype | None:
+    """The narrower numbers that the forward computes with, if any; weights stay as they are."""
+    return torch.float16 if training.fp16 else torch.bfloat16 if training.bf16 else None
 
 
 def planned_steps(training: Training, num_rows: int, world: int) -> int:
@@ -538,6 +618,13 @@ def check_stack(strategies: dict[str, Strategy], training: Training, task: Any, 
             raise RecipeError(
                 f"{where}: '{owners[0]}' and '{owners[1]}' both decide the {hook}", "use one of them in this stage"
             )
+    if training.fp16 and training.bf16:
+        raise RecipeError(f"{where}: fp16 and bf16 exclude each other", "choose one of them")
+    owner = next((name for name, s in strategies.items() if s.backward is not None), None)
+    if training.fp16 and owner:
+        raise RecipeError(
+            f"{where}: '{owner}' makes its own gradients, which fp16 would have to scale", "use training.bf16=true"
+        )
     if training.eval_steps == 0 and (training.load_best_model_at_end or training.early_stopping_patience):
         raise RecipeError(
             f"{where}: the best model is to be chosen and eval_steps=0 never evaluates", "leave eval_steps out"

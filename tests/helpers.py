@@ -23,7 +23,7 @@ from kt_hf import randomness
 from kt_hf.data import DataInfo
 from kt_hf.facts import Run
 from kt_hf.recipe import Data, Model, Training
-from kt_hf.trainer import Result, Trainer, planned_steps
+from kt_hf.trainer import Result, Trainer, half, planned_steps
 
 LABELS = ["cat", "dog", "owl"]
 WORDS = [f"word{i}" for i in range(40)]
@@ -140,7 +140,7 @@ def make_trainer(
     randomness.seed_all("load", t.seed)
     loaded = task.load(model or config(kind), info)
     steps = planned_steps(t, len(info.splits["train"]), a.num_processes)
-    run = Run(a, t.seed, Path(folder), task, loaded, info, steps, resolve, t.bf16)
+    run = Run(a, t.seed, Path(folder), task, loaded, info, steps, resolve, half(t))
     stack = {
         n: s if not isinstance(s, dict) else STRATEGIES[n](**s)
         for n, s in ({"finetune": {}} if strategies is None else strategies).items()

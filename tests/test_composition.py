@@ -269,7 +269,7 @@ def test_a_teacher_is_never_trained_saved_or_exported(teacher, tmp_path):
     assert not theirs & {id(p) for p in trainer.bundle.parameters()}
     assert not theirs & {id(p) for p in result.loaded.model.parameters()}
     sizes = {tuple(t.shape) for t in before.values()} - {tuple(p.shape) for p in trainer.bundle.state_dict().values()}
-    path, _ = checkpoint.newest(tmp_path / "checkpoints")
+    path, _, _ = checkpoint.newest(tmp_path / "checkpoints")
     from safetensors.torch import load_file
 
     saved = load_file(path / "state.safetensors")

@@ -253,7 +253,7 @@ def test_a_crash_at_any_write_leaves_an_intact_checkpoint(keep, tmp_path, monkey
         finally:
             for name in real:
                 monkeypatch.setattr(os, name, real[name])
-        path, facts = checkpoint.newest(folder)
+        path, facts, _ = checkpoint.newest(folder)
         tensor = torch.zeros(100)
         checkpoint.load_into(path, {"x": tensor})
         assert facts["step"] in (2, 3) and torch.equal(tensor, torch.full((100,), float(facts["step"])))
@@ -278,7 +278,7 @@ def test_a_full_disk_is_a_resource_error_and_loses_nothing(tmp_path, monkeypatch
 
 def test_checkpoints_hold_tensors_and_json_only(teachers, tmp_path):
     trainer(tmp_path, "image", "lora+distill+ema", teachers["image"]).run()
-    path, facts = checkpoint.newest(tmp_path / "checkpoints")
+    path, facts, _ = checkpoint.newest(tmp_path / "checkpoints")
     assert sorted(p.name for p in path.iterdir()) == ["manifest.json", "state.safetensors", "trainer.json"]
     from safetensors.torch import load_file
 

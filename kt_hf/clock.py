@@ -1,0 +1,114 @@
+"""Where the time of a training goes: seconds by phase, and the same phases as named ranges in a profiler's trace."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+PHASES = ("data", "forward", "backward", "optimizer", "evaluation", "saving")
+_SKIPPED, _WARM = 2, 1
+"""Steps before a trace: the first ones are slower than any other."""
+
+
+class Clock:
+    """Seconds by phase. On a GPU the phases of a step are those of the device, taken from events that are read when
+    the loop waits for the device anyhow (`settle`)."""
+
+    def __init__(self, device: torch.device):
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self.device = device
+        self._events: list[tuple[str, Any, Any]] = []
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        with named(name):
+            if self.device.type == "cuda" and name in ("forward", "backward", "optimizer"):
+                begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                begin.record()
+                try:
+                    yield
+                finally:
+                    end.record()
+                    self._events.append((name, begin, end))
+            else:
+                began = time.perf_counter()
+                try:
+                    yield
+                finally:
+                    self.seconds[name] += time.perf_counter() - began
+
+    def settle(self) -> None:
+        """Read the device's events; it has finished the last of them."""
+        for name, begin, end in self._events:
+            self.seconds[name] += begin.elapsed_time(end) / 1000
+        self._events.clear()
+
+    def shares(self, total: float) -> dict[str, float]:
+        """Share of the training's seconds by phase; `other` is what none of them took."""
+        if not total:
+            return {}
+        found = {name: seconds / total for name, seconds in self.seconds.items()}
+        return {**found, "other": max(0.0, 1.0 - sum(found.values()))}
+
+
+_tracing: list[str] = []
+"""The trace that is being taken, if any."""
+
+
+def named(name: str) -> AbstractContextManager[None]:
+    """A range with a name, in PyTorch's profiler and, on a GPU, as NVTX in NVIDIA's tools; nothing without a trace."""
+    return _named(name) if _tracing else nullcontext()
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    nvtx = torch.cuda.is_available()
+    if nvtx:
+        torch.cuda.nvtx.range_push(name)
+    try:
+        with torch.profiler.record_function(f"kt_hf.{name}"):
+            yield
+    finally:
+        if nvtx:
+            torch.cuda.nvtx.range_pop()
+
+
+class Tracer:
+    """PyTorch's profiler over `steps` steps of a training, from the fourth on; none for 0."""
+
+    def __init__(self, steps: int, path: Path):
+        self.path = path
+        self.profile: Any = None
+        if steps:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.profile = torch.profiler.profile(
+                schedule=torch.profiler.schedule(skip_first=_SKIPPED, wait=0, warmup=_WARM, active=steps, repeat=1),
+                on_trace_ready=self._write,
+                record_shapes=True,
+                profile_memory=True,
+            )
+            _tracing.append(str(path))
+            self.profile.start()
+
+    def step(self) -> None:
+        if self.profile is not None:
+            self.profile.step()
+
+    def _write(self, profile: Any) -> None:
+        profile.export_chrome_trace(str(self.path))
+        _tracing.clear()
+        logger.info("trace: %s (open it in chrome://tracing or perfetto)", self.path)
+
+    def close(self) -> None:
+        if self.profile is not None:
+            self.profile.stop()
+            _tracing.clear()
+            self.profile = None

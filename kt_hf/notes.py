@@ -1,0 +1,118 @@
+"""What the training loop writes down on the device while it goes, without waiting for it: sums of the terms of the
+loss, the first step that was not finite and its terms, the number of skipped updates. It is read at log, evaluation and
+save points only.
+
+Shapes: K terms of the loss, the last of which is their total.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+TOTAL = "loss"
+
+
+class Notes:
+    """skip: whether steps that are not finite are left out and counted; else the first one is kept."""
+
+    def __init__(self, device: torch.device, world: int = 1, skip: bool = False):
+        self.device, self.world, self.skip = device, world, skip
+        self.names: list[str] = []
+        self.sums_K = torch.zeros(0, device=device)
+        self._now: dict[str, torch.Tensor] = {}
+        self._zero = torch.zeros((), device=device)
+        self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
+        self.bad_K = torch.zeros(0, device=device)
+        self.skipped = torch.zeros((), device=device)
+        self.skipped_before = 0.0
+        self.norm: torch.Tensor | None = None
+
+    def add(self, terms: dict[str, torch.Tensor], total: torch.Tensor) -> None:
+        """The terms of a micro-batch."""
+        for name, value in (*terms.items(), (TOTAL, total)):
+            value = value.detach()
+            self._now[name] = self._now[name] + value if name in self._now else value
+
+    def close(self, step: int, norm: torch.Tensor, overflow_is_bad: bool = True) -> torch.Tensor:
+        """End a step whose gradients have this norm; returns 1.0 where its update is not to be made, else 0.0.
+
+        With the policy "stop" that holds for every step from the first bad one on: nothing later means anything.
+        """
+        if not self._now.keys() <= set(self.names):
+            self._extend([name for name in self._now if name not in self.names])
+        values_K = torch.stack([self._now.get(name, self._zero).float() for name in self.names])
+        self._now, self.norm = {}, norm
+        bad = ~torch.isfinite(values_K[-1])
+        if overflow_is_bad:
+            bad = bad | ~torch.isfinite(norm)
+        if self.skip:
+            if self.world > 1:  # the loss of one rank alone may be bad; all skip, or their weights part
+                flag = bad.float()
+                torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+                bad = flag > 0
+            self.skipped = self.skipped + bad
+            self.sums_K = self.sums_K + torch.where(bad, 0.0, values_K)
+            return bad.float()
+        self.sums_K = self.sums_K + values_K
+        first = bad & (self.bad_step < 0)
+        self.bad_step = torch.where(first, step, self.bad_step)
+        self.bad_K = torch.where(first, values_K, self.bad_K)
+        return (self.bad_step >= 0).float()
+
+    def _extend(self, new: list[str]) -> None:
+        """Terms may come in mid-run (and stay away again, which counts as 0); the total stays last."""
+        names = [name for name in (*self.names, *new) if name != TOTAL] + [TOTAL]
+        for attribute in ("sums_K", "bad_K"):
+            old = dict(zip(self.names, getattr(self, attribute).unbind(), strict=True))
+            setattr(self, attribute, torch.stack([old.get(name, self._zero) for name in names]))
+        self.names = names
+
+    # --- reading: these wait for the device ---
+
+    def first_bad(self) -> tuple[int, list[str]] | None:
+        """(the first step that was not finite on any rank, the terms that were not, on this rank)."""
+        found = self.bad_step.clone()
+        if self.world > 1:
+            found = torch.where(found < 0, torch.iinfo(torch.int64).max, found)
+            torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MIN)
+        step = int(found)
+        if step < 0 or step == torch.iinfo(torch.int64).max:
+            return None
+        values = dict(zip(self.names, self.bad_K.tolist(), strict=True))
+        return step, [name for name, value in values.items() if not math.isfinite(value)]
+
+    def means(self, steps: int) -> dict[str, float]:
+        """Means of the terms over the steps since the last call and over ranks; the sums start anew."""
+        sums_K, skipped = self.sums_K, float(self.skipped)
+        if self.world > 1:
+            sums_K = sums_K / self.world
+            torch.distributed.all_reduce(sums_K)
+        counted = steps - (skipped - self.skipped_before)
+        self.skipped_before = skipped
+        values = (sums_K / max(counted, 1)).tolist()
+        self.sums_K = torch.zeros_like(self.sums_K)
+        return dict(zip(self.names, values, strict=True))
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint: the sums of every rank as they are, so that going on from it adds up to the same bits."""
+        sums_RK = [self.sums_K]
+        if self.world > 1:
+            sums_RK = [torch.empty_like(self.sums_K) for _ in range(self.world)]
+            torch.distributed.all_gather(sums_RK, self.sums_K)
+        return {
+            "names": self.names,
+            "sums": [sums_K.tolist() for sums_K in sums_RK],
+            "skipped": [float(self.skipped), self.skipped_before],
+        }
+
+    def restore(self, state: dict[str, Any], rank: int) -> None:
+        """On another number of ranks each takes the mean, which adds up to the same up to rounding."""
+        self.names = list(state["names"])
+        sums_RK = torch.tensor(state["sums"], dtype=torch.float32, device=self.device)
+        self.sums_K = sums_RK[rank].clone() if len(sums_RK) == self.world else sums_RK.mean(0)
+        self.bad_K = torch.zeros_like(self.sums_K)
+        skipped, self.skipped_before = state["skipped"]
+        self.skipped = torch.full((), skipped, device=self.device)
