@@ -1,7 +1,8 @@
 """SIGINT and SIGTERM: the first one ends a training after its step, with a checkpoint; a second one ends it at once.
 
 Outside of a training loop the first one already raises. Nothing that is written can be torn by either, because files
-are staged and renamed.
+are staged and renamed. Python runs its handlers between two steps of the interpreter, so a call that waits in C (for
+ranks that never come, say) would hold them off for good: a thread watches, and ends the process then.
 """
 
 from __future__ import annotations
@@ -15,6 +16,10 @@ from contextlib import contextmanager
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+GRACE = 10.0
+"""Seconds that the process has to end after a signal outside of a training."""
+ORPHAN_GRACE = 300.0
+"""Seconds that a training has to save after its launcher has died, when nobody else would end it."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -34,7 +39,7 @@ class _State:
 
     def __init__(self) -> None:
         self.told: list[int] = []
-        self.parent = os.getppid()
+        self.process, self.parent = os.getpid(), os.getppid()
         self.patient = False
 
 
@@ -46,12 +51,38 @@ def install() -> None:
     if threading.current_thread() is not threading.main_thread():
         return
     _state.__init__()  # type: ignore[misc]
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    os.register_at_fork(after_in_child=_forget)
+    threading.Thread(target=_watch, args=(reader, os.getppid()), name="kt_hf-signals", daemon=True).start()
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _told)
 
 
+def _forget() -> None:
+    """In a forked child, such as a data worker: its signals are not the parent's."""
+    if threading.current_thread() is threading.main_thread():
+        signal.set_wakeup_fd(-1)
+
+
+def _watch(reader: int, parent: int) -> None:
+    while True:
+        for number in os.read(reader, 16):
+            limit = GRACE if not _state.patient else ORPHAN_GRACE if os.getppid() != parent else None
+            if number in SIGNALS and limit is not None:
+                timer = threading.Timer(limit, os._exit, (128 + number,))
+                timer.daemon = True
+                timer.start()
+
+
 def _told(number: int, frame: Any) -> None:
+    if os.getpid() != _state.process:  # a data worker: the terminal tells it, too, but its parent decides
+        if number == signal.SIGTERM:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        return
     parent = os.getppid()
     orphaned, _state.parent = parent != _state.parent, parent
     if number in _state.told and not orphaned:

@@ -153,7 +153,7 @@ class Trainer:
         """Copies of the batch statistics, where steps may be skipped."""
         if self.training.non_finite != "skip":
             return {}
-        return {name: buffer.clone() for name, buffer in self.bundle.named_buffers() if buffer.is_floating_point()}
+        return {name: buffer.clone() for name, buffer in self.bundle.named_buffers()}
 
     def wrap(self) -> None:
         """Give the bundle to accelerate; DDP has to know beforehand whether some weights may get no gradient."""
@@ -553,6 +553,7 @@ class Trainer:
             "examples_per_second": examples / self.seconds if self.seconds else 0.0,
             "trained_parameters": trained,
             "total_parameters": total,
+            "phases": self.clock.shares(self.seconds),
         }
         revisions = self.run_facts.revisions()
         skipped = float(self.notes.skipped)
