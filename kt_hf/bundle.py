@@ -111,7 +111,7 @@ class Step:
         counts = position.counts[stream]
         if unit not in counts:
             raise RecipeError(f"the task does not count '{unit}'", f"it counts {', '.join(counts)}")
-        scaled = total * position.world / counts[unit]
+        scaled = (total if position.world == 1 else total * position.world) / counts[unit]
         return scaled if position.rows[stream][position.rank] else scaled * 0.0
 
     def once(self, scalar: torch.Tensor) -> torch.Tensor:
@@ -206,7 +206,8 @@ class Bundle(nn.Module):
         terms: dict[str, torch.Tensor] = {}
         if weight and self.task.has_loss:
             values, weights, unit = self.task.loss(step.outputs, batch, self.label_smoothing)
-            terms["task"] = weight * step.mean(values, weights, unit)
+            mean = step.mean(values, weights, unit)
+            terms["task"] = mean if weight == 1.0 else weight * mean
         elif not any(type(s).adds_objective for s in stack.values()):
             raise RecipeError(
                 "nothing to train on: the task's loss has weight 0 and no strategy adds an objective",

@@ -24,8 +24,10 @@ class Notes:
         self.sums_K = torch.zeros(0, device=device)
         self._now: dict[str, torch.Tensor] = {}
         self._zero = torch.zeros((), device=device)
-        self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
-        self.bad_K = torch.zeros(0, device=device)
+        self.dead = torch.zeros((), dtype=torch.bool, device=device)
+        self.lived = torch.zeros((), dtype=torch.int64, device=device)  # steps until then
+        self.last_K = torch.zeros(0, device=device)  # of the last of them, or of the one that was bad
+        self.first_step: int | None = None
         self.skipped = torch.zeros((), device=device)
         self.skipped_before = 0.0
         self.norm: torch.Tensor | None = None
@@ -45,9 +47,10 @@ class Notes:
             self._extend([name for name in self._now if name not in self.names])
         values_K = torch.stack([self._now.get(name, self._zero).float() for name in self.names])
         self._now, self.norm = {}, norm
-        bad = ~torch.isfinite(values_K[-1])
-        if overflow_is_bad:
-            bad = bad | ~torch.isfinite(norm)
+        self.first_step = step if self.first_step is None else self.first_step
+        watched = values_K[-1] + norm if overflow_is_bad else values_K[-1]
+        difference = watched - watched  # 0, or not a number: cheaper than isfinite
+        bad = difference != difference
         if self.skip:
             if self.world > 1:  # the loss of one rank alone may be bad; all skip, or their weights part
                 flag = bad.float()
@@ -57,15 +60,15 @@ class Notes:
             self.sums_K = self.sums_K + torch.where(bad, 0.0, values_K)
             return bad.float()
         self.sums_K = self.sums_K + values_K
-        first = bad & (self.bad_step < 0)
-        self.bad_step = torch.where(first, step, self.bad_step)
-        self.bad_K = torch.where(first, values_K, self.bad_K)
-        return (self.bad_step >= 0).float()
+        self.last_K = torch.where(self.dead, self.last_K, values_K)
+        self.dead = self.dead | bad
+        self.lived = self.lived + ~self.dead
+        return self.dead.float()
 
     def _extend(self, new: list[str]) -> None:
         """Terms may come in mid-run (and stay away again, which counts as 0); the total stays last."""
         names = [name for name in (*self.names, *new) if name != TOTAL] + [TOTAL]
-        for attribute in ("sums_K", "bad_K"):
+        for attribute in ("sums_K", "last_K"):
             old = dict(zip(self.names, getattr(self, attribute).unbind(), strict=True))
             setattr(self, attribute, torch.stack([old.get(name, self._zero) for name in names]))
         self.names = names
@@ -74,15 +77,15 @@ class Notes:
 
     def first_bad(self) -> tuple[int, list[str]] | None:
         """(the first step that was not finite on any rank, the terms that were not, on this rank)."""
-        found = self.bad_step.clone()
+        never = torch.iinfo(torch.int64).max
+        lived = torch.where(self.dead, self.lived, never)
         if self.world > 1:
-            found = torch.where(found < 0, torch.iinfo(torch.int64).max, found)
-            torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MIN)
-        step = int(found)
-        if step < 0 or step == torch.iinfo(torch.int64).max:
+            torch.distributed.all_reduce(lived, torch.distributed.ReduceOp.MIN)
+        if int(lived) == never:
             return None
-        values = dict(zip(self.names, self.bad_K.tolist(), strict=True))
-        return step, [name for name, value in values.items() if not math.isfinite(value)]
+        values = dict(zip(self.names, self.last_K.tolist(), strict=True)) if bool(self.dead) else {}
+        wrong = [name for name, value in values.items() if not math.isfinite(value)]
+        return (self.first_step or 0) + int(lived), wrong
 
     def means(self, steps: int) -> dict[str, float]:
         """Means of the terms over the steps since the last call and over ranks; the sums start anew."""
@@ -113,6 +116,6 @@ class Notes:
         self.names = list(state["names"])
         sums_RK = torch.tensor(state["sums"], dtype=torch.float32, device=self.device)
         self.sums_K = sums_RK[rank].clone() if len(sums_RK) == self.world else sums_RK.mean(0)
-        self.bad_K = torch.zeros_like(self.sums_K)
+        self.last_K = torch.zeros_like(self.sums_K)
         skipped, self.skipped_before = state["skipped"]
         self.skipped = torch.full((), skipped, device=self.device)

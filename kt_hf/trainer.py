@@ -254,7 +254,7 @@ class Trainer:
                     with self.accelerator.no_sync(self.wrapped) if i + 1 < len(window) else nullcontext():
                         total = compute(i)
                         with self.clock.phase("backward"):
-                            self.accelerator.backward(total)
+                            total.backward()
         except RuntimeError as error:
             if "finished reduction" in str(error):
                 raise RecipeError(

