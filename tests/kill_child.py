@@ -28,7 +28,8 @@ PATHS = {"os.rename": 2, "os.remove": 1, "os.rmdir": 1, "os.mkdir": 1}
 class Point:
     """Where a process ends itself.
 
-    {"step": n, "micro_batch": m}: in the forward of that micro-batch.
+    {"step": n, "micro_batch": m, "training": NAME}: in the forward of that micro-batch; NAME is a stage's (or seed's, or
+    trial's) folder and seed, such as `main.42`.
     {"op": PATTERN, "nth": n}: before the n-th change of the file system whose description (`fsync .../manifest.json`)
     matches. With "tear": b, the kernel ends it in the middle of the write, as soon as a file exceeds b bytes.
     "rank": only that rank; without it, every rank that comes by.
@@ -41,8 +42,10 @@ class Point:
         self.active = given.get("rank", rank()) == rank()
         self.busy = False
 
-    def at_step(self, step: int, micro_batch: int) -> None:
-        if self.active and (self.given.get("step"), self.given.get("micro_batch", 0)) == (step, micro_batch):
+    def at_step(self, training: str, step: int, micro_batch: int) -> None:
+        here = self.given.get("training", training) == training
+        wanted = (self.given.get("step"), self.given.get("micro_batch", 0))
+        if self.active and here and wanted == (step, micro_batch):
             os.kill(os.getpid(), signal.SIGKILL)
 
     def watch(self) -> None:
@@ -124,7 +127,8 @@ def register_witness(notes: Path | None, point: Point | None) -> None:
         """Notes the rows of every micro-batch, and a digest of their tensors."""
 
         def ready(self, model: Any, run: Any) -> None:
-            self.notes = None if notes is None else notes / f"{run.folder.name}.{run.seed}"
+            self.training_name = f"{run.folder.name}.{run.seed}"
+            self.notes = None if notes is None else notes / self.training_name
             if self.notes is not None:
                 self.notes.mkdir(parents=True, exist_ok=True)
 
@@ -134,7 +138,7 @@ def register_witness(notes: Path | None, point: Point | None) -> None:
                 line = f"{step.batch['index'].tolist()} {digest(step.batch)}"
                 _append(self.notes / f"{at.step:03d}.{at.micro_batch}.{at.rank}", line)
             if point is not None:
-                point.at_step(at.step, at.micro_batch)
+                point.at_step(self.training_name, at.step, at.micro_batch)
             return {}
 
     register("strategy", "witness")(Witness)

@@ -45,15 +45,16 @@ TIMINGS = {
 class Row:
     """A recipe, and the points at which its processes are killed, one after another.
 
-    Beside those of `kill_child.Point` there is {"random": True}: from outside, at a drawn time within the training.
-    data: keys of the recipe's `{...}` folders, made by the tests.
+    Beside those of `kill_child.Point` there are {"random": True}, from outside, at a drawn time within the training,
+    and {"sweep": STAGE}, before every change of the file system from the end of that stage's training on. ends: whether
+    the last child resumes a training, or finds all of them finished.
     """
 
     name: str
     recipe: dict[str, Any]
     kills: list[dict[str, Any]]
     ranks: int = 1
-    arguments: tuple[str, ...] = ()
+    ends: str = "resumed"
 
     def stages(self) -> list[dict[str, Any]]:
         return [stage for stage in self.recipe["stages"] if "train" in stage]
@@ -81,10 +82,11 @@ class Outcome:
 class Parent:
     """The warm process, seen from here."""
 
-    def __init__(self) -> None:
+    def __init__(self, cache: Path) -> None:
         command = [sys.executable, str(HERE / "kill_parent.py")]
+        environment = {**ENVIRONMENT, "HF_DATASETS_CACHE": str(cache)}
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
         self.facts = self._read()
 
@@ -127,10 +129,11 @@ class Place:
 
     root: Path
     row: Row
+    data: Path
 
     def __post_init__(self) -> None:
         self.notes.mkdir(parents=True, exist_ok=True)
-        recipe = json.loads(json.dumps(self.row.recipe))
+        recipe = json.loads(json.dumps(self.row.recipe).replace("{data}", str(self.data)))
         for stage in recipe["stages"]:
             if "train" in stage:
                 stage["strategies"] = [*(stage.get("strategies") or ["finetune"]), "witness"]
@@ -155,11 +158,10 @@ class Place:
         return {"KILL_NOTES": str(self.notes), "KILL_POINT": json.dumps(point)}
 
     def begin(self, parent: Parent, n: int, point: dict[str, Any]) -> list[int]:
-        arguments = [*self.row.arguments, "--output-dir", str(self.out)]
         return parent.ask(
             start={
                 "recipe": str(self.recipe),
-                "arguments": arguments,
+                "arguments": ["--output-dir", str(self.out)],
                 "log": str(self.log(n)),
                 "ranks": environments(self.row.ranks, self.variables(point)),
             }
@@ -230,12 +232,12 @@ def resumed_at(said: str) -> str:
     return "+".join(re.findall(r"resumed at step (\d+)", said)) or "-"
 
 
-def play(parent: Parent, row: Row, root: Path) -> Outcome:
+def play(parent: Parent, row: Row, root: Path, data: Path) -> Outcome:
     """Run a row undisturbed and disturbed, and compare."""
     began = time.monotonic()
-    reference = Place(root / "whole", row)
+    reference, place = Place(root / "whole", row, data), Place(root / "killed", row, data)
     run_to_the_end(parent, reference)
-    place, kills = Place(root / "killed", row), row.kills
+    kills = [point for given in row.kills for point in unfold(given, reference, place)]
     outcome = Outcome(row, place.root)
     for n, point in enumerate(kills):
         if run_and_kill(parent, place, n, point):
@@ -243,16 +245,49 @@ def play(parent: Parent, row: Row, root: Path) -> Outcome:
         else:
             outcome.missed += 1
         outcome.resumed.append(resumed_at(place.log(n).read_text()))
-    outcome.resumed.append(resumed_at(run_to_the_end(parent, place, len(kills))))
-    outcome.differences = compare(reference, place)
+        check_checkpoints(place.out)
+    said = run_to_the_end(parent, place, len(kills))
+    outcome.resumed.append(resumed_at(said))
+    outcome.differences = compare(reference, place) + check_end(outcome, said)
     outcome.seconds = time.monotonic() - began
     return outcome
 
 
+def unfold(point: dict[str, Any], reference: Place, place: Place) -> list[dict[str, Any]]:
+    """The points of a sweep, from what the reference did after the stage's last checkpoint; others are one point."""
+    if "sweep" not in point:
+        return [point]
+    changes = [c for c in reference.changes() if str(reference.out) in c]
+    last = max(i for i, change in enumerate(changes) if f"/{point['sweep']}/checkpoints" in change)
+    found, seen = [], list[str]()
+    for change in changes[last + 1 :]:
+        seen.append(change)
+        pattern = re.escape(change.replace(str(reference.out), str(place.out))) + "$"
+        found.append({"op": pattern, "nth": seen.count(change), "name": change.replace(f"{reference.out}/", "")})
+    return found
+
+
+def check_checkpoints(out: Path) -> None:
+    """Whatever is called a checkpoint is whole, and none is lost for one that was being written."""
+    for folder in out.glob("**/checkpoints"):
+        for path in folder.glob("step-*"):
+            for name, facts in json.loads((path / "manifest.json").read_text())["files"].items():
+                assert hashlib.sha256((path / name).read_bytes()).hexdigest() == facts["sha256"], f"{path / name}"
+
+
+def check_end(outcome: Outcome, said: str) -> list[str]:
+    """The last child must have gone on from something."""
+    if outcome.row.ends == "finished":
+        jobs = sum(stage.get("seeds", 1) for stage in outcome.row.stages())
+        return [] if said.count("finished before") >= jobs else ["the last child did not find the stages finished"]
+    steps = [int(step) for step in outcome.resumed[-1].split("+") if step.isdigit()]
+    return [] if steps and min(steps) > 0 else ["the last child did not resume at a step above 0"]
+
+
 def describe(point: dict[str, Any]) -> str:
     if "step" in point:
-        return f"step {point['step']}" + (f".{point['micro_batch']}" if point.get("micro_batch") else "")
-    return f"{point['op']}" + (f" #{point['nth']}" if point.get("nth", 1) > 1 else "") + (" torn" * ("tear" in point))
+        return f"{point['training']} step {point['step']}" if "training" in point else f"step {point['step']}" + (f".{point['micro_batch']}" if point.get("micro_batch") else "")
+    return point.get("name", point["op"]) + (f" #{point['nth']}" if point.get("nth", 1) > 1 else "") + (" torn" * ("tear" in point))
 
 
 # --- what is left, compared -------------------------------------------------------------------------------------------
