@@ -120,7 +120,8 @@ def digest(batch: dict[str, Any]) -> str:
 
 
 def register_witness(notes: Path | None, point: Point | None) -> None:
-    """A strategy `witness` that changes nothing: it notes what each micro-batch is made of, and is a place to die."""
+    """A strategy `witness` that changes nothing: it notes what each micro-batch is made of, and is a place to die. And
+    one that is wrong, `forgetful`."""
     from kt_hf import Strategy, register
 
     class Witness(Strategy):
@@ -141,7 +142,18 @@ def register_witness(notes: Path | None, point: Point | None) -> None:
                 point.at_step(self.training_name, at.step, at.micro_batch)
             return {}
 
+    class Forgetful(Strategy):
+        """Counts steps in an attribute, as no strategy may: the harness must see that it does not resume."""
+
+        def ready(self, model: Any, run: Any) -> None:
+            self.steps = 0
+
+        def after_step(self, model: Any, progress: float) -> None:
+            self.steps += 1
+            next(p for p in model.parameters() if p.requires_grad).data.add_(1e-6 * self.steps)
+
     register("strategy", "witness")(Witness)
+    register("strategy", "forgetful")(Forgetful)
 
 
 def run(recipe: str, arguments: list[str]) -> int:

@@ -39,7 +39,8 @@ class Row:
 
     Beside those of `kill_child.Point` there are {"random": True}, from outside, at a drawn time within the training,
     and {"sweep": STAGE}, before every change of the file system from the end of that stage's training on. ends: whether
-    the last child resumes a training, or finds all of them finished.
+    the last child resumes a training, or finds all of them finished. cold: the killed run comes first and finds no
+    cache of preprocessed data.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Row:
     kills: list[dict[str, Any]]
     ranks: int = 1
     ends: str = "resumed"
+    cold: bool = False
 
     def stages(self) -> list[dict[str, Any]]:
         return [stage for stage in self.recipe["stages"] if "train" in stage]
@@ -228,9 +230,19 @@ def play(parent: Parent, row: Row, root: Path, data: Path) -> Outcome:
     """Run a row undisturbed and disturbed, and compare."""
     began = time.monotonic()
     reference, place = Place(root / "whole", row, data), Place(root / "killed", row, data)
-    run_to_the_end(parent, reference)
-    kills = [point for given in row.kills for point in unfold(given, reference, place)]
-    outcome = Outcome(row, place.root)
+    if not row.cold:
+        run_to_the_end(parent, reference)
+    outcome = disturb(parent, place, [point for given in row.kills for point in unfold(given, reference, place)])
+    if row.cold:
+        run_to_the_end(parent, reference)
+    outcome.differences += compare(reference, place)
+    outcome.seconds = time.monotonic() - began
+    return outcome
+
+
+def disturb(parent: Parent, place: Place, kills: list[dict[str, Any]]) -> Outcome:
+    """Run a row with all its kills, to the end."""
+    outcome = Outcome(place.row, place.root)
     for n, point in enumerate(kills):
         if run_and_kill(parent, place, n, point):
             outcome.killed.append("random" if point.get("random") else describe(point))
@@ -240,8 +252,7 @@ def play(parent: Parent, row: Row, root: Path, data: Path) -> Outcome:
         check_checkpoints(place.out)
     said = run_to_the_end(parent, place, len(kills))
     outcome.resumed.append(resumed_at(said))
-    outcome.differences = compare(reference, place) + check_end(outcome, said)
-    outcome.seconds = time.monotonic() - began
+    outcome.differences = check_end(outcome, said)
     return outcome
 
 
@@ -287,12 +298,15 @@ def describe(point: dict[str, Any]) -> str:
 
 def compare(reference: Place, place: Place) -> list[str]:
     """What differs between two runs, in words; nothing where they are equal."""
-    whole, killed = dict(leaves(reference.out)), dict(leaves(place.out))
-    assert whole, f"{reference.out}: there is nothing to compare"
-    found = [f"{key} is missing" for key in whole.keys() - killed.keys()]
-    found += [f"{key} is left over" for key in killed.keys() - whole.keys()]
-    found += [f"{key}: {_difference(whole[key], killed[key])}" for key in whole if killed.get(key, whole[key]) != whole[key]]
-    return sorted(found) + compare_notes(reference.notes, place.notes)
+    return compare_outputs(reference.out, place.out) + compare_notes(reference.notes, place.notes)
+
+
+def compare_outputs(whole: Path, killed: Path) -> list[str]:
+    """What differs between two output folders."""
+    a, b = dict(leaves(whole)), dict(leaves(killed))
+    assert any(key.endswith(".safetensors") for key in a), f"{whole}: there is nothing to compare"
+    found = [f"{key} is missing" for key in a.keys() - b.keys()] + [f"{key} is left over" for key in b.keys() - a.keys()]
+    return sorted([*found, *(f"{key}: {_difference(a[key], b[key])}" for key in a.keys() & b.keys() if a[key] != b[key])])
 
 
 def _difference(a: Any, b: Any) -> str:

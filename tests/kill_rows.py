@@ -62,6 +62,14 @@ evaluations lie between them."""
 IN_ONE_EPOCH = [{"step": 4, "micro_batch": 1}, {"step": 5}, {"random": True}]
 """Twice in the first epoch, once of these in the middle of an accumulation window; then at some time."""
 WITHOUT_WINDOWS = [{"step": 4}, {"step": 5}, {"random": True}]
+CACHE = [
+    {"op": r"open .*\.incomplete/.*\.arrow$"},
+    {"op": r"open .*\.incomplete/dataset_info\.json$", "nth": 2},
+    {"op": r"rename .*\.incomplete "},
+    {"op": r"open .*/tmp\w+$", "nth": 3},
+    {"op": r"rename .*/tmp\w+ "},
+]
+"""While a table becomes Arrow files, and while texts become tokens."""
 EMA = {"ema": {"decay": 0.8}}
 LORA = {"lora": {"r": 4, "lora_dropout": 0.1}}
 DISTILL = {"distill": {"teacher": "@teacher", "alpha": 0.4, "temperature": 3.0}}
@@ -104,9 +112,9 @@ ROWS = [
         IN_ONE_EPOCH,
     ),
     Row(
-        "text, 2 workers, SGD with momentum, cosine",
+        "text, 2 workers, SGD with momentum, cosine; first while the data are read and preprocessed",
         recipe(
-            TEXTS,
+            {"path": "{data}/cold"},
             BERT,
             ["finetune"],
             dataloader_num_workers=2,
@@ -116,7 +124,8 @@ ROWS = [
             per_device_train_batch_size=4,
             gradient_accumulation_steps=1,
         ),
-        WITHOUT_WINDOWS,
+        [*CACHE, *WITHOUT_WINDOWS],
+        cold=True,
     ),
     Row(
         "rotation, 2 workers, accumulation",
@@ -297,14 +306,24 @@ LAUNCHED = 2
 
 
 def write_data(folder: Path) -> None:
-    """Parquet folders `texts` (text, label) and `documents` (text), with rows of many lengths."""
-    random = np.random.default_rng(0)
+    """Parquet folders `texts` (text, label), `cold` (others of the same kind) and `documents` (text), with rows of many
+    lengths."""
+    write_texts(folder, ("texts", "documents"), 0)
+    write_texts(folder, ("cold",), 1)
+
+
+def write_texts(folder: Path, names: tuple[str, ...], seed: int) -> None:
+    random = np.random.default_rng(seed)
     words = [f"word{i}" for i in range(40)]
     for split, count in (("train", 26), ("validation", 9), ("test", 9)):
         classes = random.integers(0, 3, count)
-        texts = [" ".join(words[(13 * c + w) % 40] for w in random.integers(0, 13, random.integers(2, 20))) for c in classes]
-        labels = [("cat", "dog", "owl")[c] for c in classes]
-        for name, columns in (("texts", {"text": texts, "label": labels}), ("documents", {"text": texts})):
+        drawn = [(c, random.integers(0, 13, random.integers(2, 20))) for c in classes]
+        columns = {"text": [" ".join(words[(13 * c + w) % 40] for w in row) for c, row in drawn]}
+        for name in names:
+            if name != "documents":
+                columns["label"] = [("cat", "dog", "owl")[c] for c in classes]
+            else:
+                columns.pop("label", None)
             (folder / name).mkdir(parents=True, exist_ok=True)
             pq.write_table(pa.table(columns), folder / name / f"{split}.parquet")
 
