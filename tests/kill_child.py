@@ -28,8 +28,8 @@ PATHS = {"os.rename": 2, "os.remove": 1, "os.rmdir": 1, "os.mkdir": 1}
 class Point:
     """Where a process ends itself.
 
-    {"step": n, "micro_batch": m, "training": NAME}: in the forward of that micro-batch; NAME is a stage's (or seed's, or
-    trial's) folder and seed, such as `main.42`.
+    {"step": n, "micro_batch": m, "training": NAME}: in the forward of that micro-batch; NAME is the folder of a stage,
+    seed or trial and its seed, such as `main.42`.
     {"op": PATTERN, "nth": n}: before the n-th change of the file system whose description (`fsync .../manifest.json`)
     matches. With "tear": b, the kernel ends it in the middle of the write, as soon as a file exceeds b bytes.
     "rank": only that rank; without it, every rank that comes by.
@@ -98,7 +98,9 @@ def rank() -> int:
 def _absolute(path: Any, folder: Any) -> str:
     """A path relative to an open folder, as `shutil.rmtree` uses it, in full."""
     path = os.fsdecode(path)
-    return os.path.join(os.readlink(f"/proc/self/fd/{folder}"), path) if isinstance(folder, int) and folder > 0 else path
+    return (
+        os.path.join(os.readlink(f"/proc/self/fd/{folder}"), path) if isinstance(folder, int) and folder > 0 else path
+    )
 
 
 def _append(path: Path, line: str) -> None:
@@ -136,7 +138,8 @@ def register_witness(notes: Path | None, point: Point | None) -> None:
         def loss(self, step: Any) -> dict[str, Any]:
             at = step._position
             if self.notes is not None:
-                line = f"{step.batch['index'].tolist()} {digest(step.batch)}"
+                counts = at.rows["train"][at.rank] > 0  # else it only keeps ranks in step
+                line = f"{step.batch['index'].tolist() if counts else []} {digest(step.batch)}"
                 _append(self.notes / f"{at.step:03d}.{at.micro_batch}.{at.rank}", line)
             if point is not None:
                 point.at_step(self.training_name, at.step, at.micro_batch)

@@ -242,7 +242,7 @@ def play(parent: Parent, row: Row, root: Path, data: Path) -> Outcome:
 
 def disturb(parent: Parent, place: Place, kills: list[dict[str, Any]]) -> Outcome:
     """Run a row with all its kills, to the end."""
-    outcome = Outcome(place.row, place.root)
+    outcome, newest = Outcome(place.row, place.root), 0
     for n, point in enumerate(kills):
         if run_and_kill(parent, place, n, point):
             outcome.killed.append("random" if point.get("random") else describe(point))
@@ -250,6 +250,8 @@ def disturb(parent: Parent, place: Place, kills: list[dict[str, Any]]) -> Outcom
             outcome.missed += 1
         outcome.resumed.append(resumed_at(place.log(n).read_text()))
         check_checkpoints(place.out)
+        assert place.newest() >= newest, f"{place.out}: checkpoint {newest} was lost for one that was being written"
+        newest = place.newest()
     said = run_to_the_end(parent, place, len(kills))
     outcome.resumed.append(resumed_at(said))
     outcome.differences = check_end(outcome, said)
@@ -271,7 +273,7 @@ def unfold(point: dict[str, Any], reference: Place, place: Place) -> list[dict[s
 
 
 def check_checkpoints(out: Path) -> None:
-    """Whatever is called a checkpoint is whole, and none is lost for one that was being written."""
+    """Whatever is called a checkpoint is whole."""
     for folder in out.glob("**/checkpoints"):
         for path in folder.glob("step-*"):
             for name, facts in json.loads((path / "manifest.json").read_text())["files"].items():
@@ -289,8 +291,16 @@ def check_end(outcome: Outcome, said: str) -> list[str]:
 
 def describe(point: dict[str, Any]) -> str:
     if "step" in point:
-        return f"{point['training']} step {point['step']}" if "training" in point else f"step {point['step']}" + (f".{point['micro_batch']}" if point.get("micro_batch") else "")
-    return point.get("name", point["op"]) + (f" #{point['nth']}" if point.get("nth", 1) > 1 else "") + (" torn" * ("tear" in point))
+        return (
+            f"{point['training']} step {point['step']}"
+            if "training" in point
+            else f"step {point['step']}" + (f".{point['micro_batch']}" if point.get("micro_batch") else "")
+        )
+    return (
+        point.get("name", point["op"])
+        + (f" #{point['nth']}" if point.get("nth", 1) > 1 else "")
+        + (" torn" * ("tear" in point))
+    )
 
 
 # --- what is left, compared -------------------------------------------------------------------------------------------
@@ -305,8 +315,12 @@ def compare_outputs(whole: Path, killed: Path) -> list[str]:
     """What differs between two output folders."""
     a, b = dict(leaves(whole)), dict(leaves(killed))
     assert any(key.endswith(".safetensors") for key in a), f"{whole}: there is nothing to compare"
-    found = [f"{key} is missing" for key in a.keys() - b.keys()] + [f"{key} is left over" for key in b.keys() - a.keys()]
-    return sorted([*found, *(f"{key}: {_difference(a[key], b[key])}" for key in a.keys() & b.keys() if a[key] != b[key])])
+    found = [f"{key} is missing" for key in a.keys() - b.keys()] + [
+        f"{key} is left over" for key in b.keys() - a.keys()
+    ]
+    return sorted(
+        [*found, *(f"{key}: {_difference(a[key], b[key])}" for key in a.keys() & b.keys() if a[key] != b[key])]
+    )
 
 
 def _difference(a: Any, b: Any) -> str:
@@ -314,7 +328,9 @@ def _difference(a: Any, b: Any) -> str:
         keys = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
         return "; ".join(f"{k}: {_difference(a.get(k), b.get(k))}" for k in keys[:3])
     if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-        return "; ".join([f"[{i}]: {_difference(x, y)}" for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y][:3])
+        return "; ".join(
+            [f"[{i}]: {_difference(x, y)}" for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y][:3]
+        )
     return f"{str(a)[:120]} != {str(b)[:120]}"
 
 

@@ -262,8 +262,8 @@ ROWS = [
         ends="finished",
     ),
     Row(
-        "in every part of a save and of a rotation",
-        recipe({**DIGITS, **TURNED}, VIT, ["finetune", EMA], max_steps=40),
+        "in every part of a save and of a rotation, one checkpoint kept",
+        recipe({**DIGITS, **TURNED}, VIT, ["finetune", EMA], max_steps=40, save_total_limit=1),
         save_points(),
     ),
     Row(

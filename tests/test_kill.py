@@ -1,7 +1,7 @@
 """Runs that are killed, at any moment and any number of times, end bit for bit as the run that never was.
 
-    pytest -m slow tests/test_kill.py                          # minutes; prints the table
-    KILL_TABLE=docs/resume pytest -m slow tests/test_kill.py   # also writes docs/resume.md and docs/resume.json
+pytest -m slow tests/test_kill.py                          # minutes; prints the table
+KILL_TABLE=docs/resume pytest -m slow tests/test_kill.py   # also writes docs/resume.md and docs/resume.json
 """
 
 from __future__ import annotations
@@ -57,11 +57,14 @@ def table(request: pytest.FixtureRequest) -> Iterator[list[dict[str, Any]]]:
 
 HEAD = """# Killed and resumed
 
-Every row is a recipe that was run twice: once left alone, once killed by SIGKILL at the given number of points and started
-again each time. `equal` means bit for bit: exported weights, every tensor of the checkpoints (weights, optimizer, EMA), losses,
-learning rates, evaluations, metrics, predictions, the files that are left, and the rows and pixels or tokens of every
-micro-batch, each time it was computed. `resumed at` are the steps at which the started-again processes went on; `-`: no
-checkpoint was there yet, or the training was finished. Written by `KILL_TABLE=docs/resume pytest -m slow tests/test_kill.py`.
+Every row is a recipe that was run twice: once left alone, once killed so many times and started again each time. Most
+kills are SIGKILL at a chosen step, before a chosen change of the file system, or at a drawn time; one is made by the
+kernel in the middle of a write. `equal` means bit for bit: exported weights, every tensor of the checkpoints (weights,
+optimizer, EMA), losses, learning rates, evaluations, metrics, predictions, the files that are left, and the rows and
+the pixels or tokens of every micro-batch, each time it was computed. `resumed at` are the steps at which the processes
+that were started again went on; `-`: there was no checkpoint yet, or no training left; `+`: several trainings in one.
+
+Written by `KILL_TABLE=docs/resume pytest -m slow tests/test_kill.py`.
 """
 
 
@@ -158,7 +161,9 @@ TAMPERING = {
     "state of the optimizer": lambda p: flip(p.out / "main/checkpoints/step-000018/state.safetensors"),
     "a loss": lambda p: edit(p.out / "main/stage.json", '"loss": ', '"loss": 1'),
     "a learning rate": lambda p: edit(p.out / "main/stage.json", '"learning_rate": ', '"learning_rate": 1'),
-    "a loss in a checkpoint": lambda p: edit(p.out / "main/checkpoints/step-000015/trainer.json", '"loss": ', '"loss": 1'),
+    "a loss in a checkpoint": lambda p: edit(
+        p.out / "main/checkpoints/step-000015/trainer.json", '"loss": ', '"loss": 1'
+    ),
     "a metric": lambda p: edit(p.out / "report.json", '"value": ', '"value": 1'),
     "a prediction": lambda p: shorten(p.out / "main/predictions.parquet"),
     "a missing file": lambda p: (p.out / "main/arrays.safetensors").unlink(),
