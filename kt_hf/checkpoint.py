@@ -123,7 +123,8 @@ def save(
     staged = folder / f".{final.name}.partial"
     with disk(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(staged, ignore_errors=True)
+        for litter in folder.glob(".step-*"):  # of processes that were killed while they wrote or removed
+            shutil.rmtree(litter, ignore_errors=True)
         staged.mkdir()
         try:
             files = {"state.safetensors": write(staged / "state.safetensors", tensor_chunks(tensors))}

@@ -549,7 +549,7 @@ class TransformersProcessor:
         return dict(self.processor.image_processor(images, return_tensors="pt"))
 
     def texts(self, texts: list[str], max_length: int) -> dict[str, Any]:
-        encoded = self.processor.tokenizer(texts, truncation=True, max_length=min(max_length, self.limit))
+        encoded = loading.encode(self.processor.tokenizer, texts, max_length=min(max_length, self.limit))
         return {k: v for k, v in encoded.items() if k in _TEXT_INPUTS}
 
     def pad(self, tokens: dict[str, list[Any]]) -> dict[str, torch.Tensor]:

@@ -132,6 +132,18 @@ def _flat(value: Any, prefix: str = "") -> dict[str, str]:
     return out
 
 
+_held: set[int] = set()
+
+
+def _let_go() -> None:
+    """In a forked child, such as a data worker: the lock is the parent's alone, or an orphan would hold it on."""
+    while _held:
+        os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
     """Hold the folder for this process; a kernel lock, so that a killed run leaves nothing behind."""
@@ -139,6 +151,7 @@ def lock(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         ours = failing.is_blank(folder) or (folder / ".lock").exists()
         handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    _held.add(handle)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -151,7 +164,9 @@ def lock(folder: Path) -> Iterator[None]:
             (folder / ".lock").unlink(missing_ok=True)
         raise
     finally:
-        os.close(handle)
+        if handle in _held:
+            _held.remove(handle)
+            os.close(handle)
 
 
 def stage_folder(root: Path, stage: str, seed: int) -> Path:

@@ -322,6 +322,25 @@ def load_tokenizer(ref: Model, texts: Iterable[str] | None = None, causal: bool 
     return tokenizer
 
 
+def encode(tokenizer: Any, texts: Any, pairs: Any = None, *, max_length: int) -> Any:
+    """Tokens of texts, or of pairs of texts, cut at `max_length`.
+
+    A call of a fast tokenizer leaves its cut in the tokenizer, and with it in the file that is exported: in processes
+    that have preprocessed rows, but not in those that found them in the cache. So what was there is put back.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return tokenizer(texts, pairs, truncation=True, max_length=max_length)
+    truncation, padding = backend.truncation, backend.padding
+    encoded = tokenizer(texts, pairs, truncation=True, max_length=max_length)
+    backend.no_truncation()
+    if truncation:
+        backend.enable_truncation(**truncation)
+    if padding:
+        backend.enable_padding(**padding)
+    return encoded
+
+
 def train_tokenizer(
     texts: Iterable[str], causal: bool = False, vocab_size: int = 2000, model_max_length: int = 512
 ) -> Any:

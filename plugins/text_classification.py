@@ -46,7 +46,7 @@ class TextClassification(classification.Classification, Task):
         self, rows: dict[str, list[Any]], loaded: Loaded, train: bool, augment: Any = None
     ) -> dict[str, Any]:
         limit = min(self.max_length, loaded.processor.model_max_length)
-        encoded = loaded.processor(rows["text"], rows.get("text_pair"), truncation=True, max_length=limit)
+        encoded = loading.encode(loaded.processor, rows["text"], rows.get("text_pair"), max_length=limit)
         return {**encoded, **self.labels(rows, loaded)}
 
     def collate(self, rows: Any, loaded: Loaded) -> dict[str, Any]:

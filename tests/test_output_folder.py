@@ -10,6 +10,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,24 @@ def test_a_held_folder_is_refused_at_once(tmp_path: Path) -> None:
         holder.wait()
     with folder.lock(tmp_path):  # the kernel let go of it
         pass
+
+
+def test_an_orphaned_worker_does_not_hold_the_folder(tmp_path: Path) -> None:
+    """Data workers are forked while the folder is held, and outlive a killed run by seconds."""
+    from multiprocessing import get_context
+
+    with folder.lock(tmp_path):
+        context = get_context("fork")
+        begun = context.Event()
+        worker = context.Process(target=lambda: (begun.set(), time.sleep(60)))
+        worker.start()
+        assert begun.wait(20)
+    try:
+        with folder.lock(tmp_path):
+            assert worker.is_alive()
+    finally:
+        worker.kill()
+        worker.join()
 
 
 @pytest.mark.parametrize("where", ["file", "file/below"])

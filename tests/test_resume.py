@@ -289,6 +289,28 @@ def test_checkpoints_hold_tensors_and_json_only(teachers, tmp_path):
     assert not any("generator" in n or "rng" in n for n in [*tensors, *facts])
 
 
+def test_what_killed_saves_have_left_is_removed_by_the_next(tmp_path):
+    for name in (".step-000001.partial", ".step-000001.removed"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "state.safetensors").write_text("half")
+    checkpoint.save(tmp_path, 2, {"x": torch.ones(3)}, {"step": 2}, keep=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000002"]
+
+
+@pytest.mark.parametrize("shipped", [None, {"max_length": 7}])
+def test_the_exported_tokenizer_does_not_depend_on_what_was_in_the_cache(shipped):
+    """A fast tokenizer keeps what it was last called with, and writes it to its file."""
+    from kt_hf import loading
+
+    tokenizer = loading.train_tokenizer(helpers.WORDS)
+    if shipped:
+        tokenizer.backend_tokenizer.enable_truncation(**shipped)
+        tokenizer.backend_tokenizer.enable_padding(length=9)
+    before = tokenizer.backend_tokenizer.to_str()
+    assert len(loading.encode(tokenizer, "word1 " * 9, max_length=4)["input_ids"]) == 4
+    assert tokenizer.backend_tokenizer.to_str() == before
+
+
 # --- resuming something else ------------------------------------------------------------------------------------------
 
 
