@@ -48,8 +48,8 @@ class Feed:
     sources: dict[str, _Source] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        plan = batch_plan(self.run, self.training, self.strategies)
         rows = self._rows(self.run.info, self.data.augment, self.training.seed)
+        plan = batch_plan(self.run, self.training, self.strategies, rows)
         self.sources = {"train": _Source(rows, plan)}
         owners: dict[str, tuple[str, Stream]] = {}
         for owner, strategy in self.strategies.items():
@@ -139,13 +139,13 @@ class Feed:
         return source.rows.index[self.windows("train", step, step + 1).rows(step)]
 
 
-def batch_plan(run: Run, training: Training, strategies: dict[str, Strategy]) -> Plan:
-    """How training rows become global batches: a permutation of each epoch, or what a strategy's `batches` says."""
-    rows = run.info.splits["train"]
+def batch_plan(run: Run, training: Training, strategies: dict[str, Strategy], rows: Rows) -> Plan:
+    """How training rows become global batches: as `train_sampling_strategy` says, or a strategy's `batches`."""
+    source, order = run.info.splits["train"], training.train_sampling_strategy
     custom = next((s.batches for s in strategies.values() if s.batches is not None), None)
-    return Plan(
-        len(rows), global_batch(training, run.world), training.seed, training.dataloader_drop_last, custom, rows
-    )
+    lengths = rows.lengths() if order == "group_by_length" else None
+    size, drop_last = global_batch(training, run.world), training.dataloader_drop_last
+    return Plan(len(source), size, training.seed, drop_last, custom, source, order, lengths)
 
 
 def global_batch(training: Training, world: int) -> int:

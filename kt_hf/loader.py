@@ -17,6 +17,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -33,7 +34,8 @@ _NO_SOURCE = uuid.uuid4().hex
 
 @dataclass(frozen=True)
 class Plan:
-    """How rows become batches. `custom` is a strategy's `batches` hook."""
+    """How rows become batches. `custom` is a strategy's `batches` hook; order: a `train_sampling_strategy`, for which
+    lengths_N are needed where it groups by length."""
 
     num_rows: int
     global_batch: int
@@ -41,6 +43,8 @@ class Plan:
     drop_last: bool = False
     custom: Callable[..., Any] | None = None
     data: Any = None
+    order: str = "random"
+    lengths: np.ndarray | None = None
 
     @functools.cached_property
     def steps_per_epoch(self) -> int:
@@ -59,7 +63,11 @@ class Plan:
                     "give every epoch as many, so that a step's place follows from its number",
                 )
             return batches
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.num_rows)
+        if self.lengths is not None:
+            return by_length(self.lengths, self.global_batch, self.seed, epoch, self.drop_last)
+        order = np.arange(self.num_rows)
+        if self.order == "random":
+            order = np.random.default_rng([self.seed, epoch]).permutation(self.num_rows)
         return [order[i * self.global_batch : (i + 1) * self.global_batch] for i in range(self.steps_per_epoch)]
 
     def _custom(self, epoch: int) -> list[np.ndarray]:
@@ -70,6 +78,22 @@ class Plan:
         if not found:
             raise RecipeError(f"`batches` gave no batch in epoch {epoch}", "give at least one; a batch may be empty")
         return found
+
+
+def by_length(lengths_N: np.ndarray, size: int, seed: int, epoch: int, drop_last: bool = False) -> list[np.ndarray]:
+    """Batches of rows of about the same length, in random order.
+
+    Rows are permuted, cut into stretches of 100 batches (less than twice that in the last), sorted within, and cut into
+    batches: which rows meet differs from epoch to epoch. The batch that is not full takes from the shortest rows.
+    """
+    random = np.random.default_rng([seed, epoch])
+    order = random.permutation(len(lengths_N))
+    stretches = np.array_split(order, np.arange(1, max(1, len(order) // (100 * size))) * 100 * size)
+    order = np.concatenate([rows[np.argsort(-lengths_N[rows], kind="stable")] for rows in stretches])
+    batches = [order[i : i + size] for i in range(0, len(order), size)]
+    if drop_last and len(batches[-1]) < size:
+        batches.pop()
+    return [batches[i] for i in random.permutation(len(batches))]
 
 
 def share(count: int, world: int, micro_batches: int) -> list[tuple[int, ...]]:
@@ -148,6 +172,20 @@ class Rows(Dataset):
 
     def __len__(self) -> int:
         return len(self.source)
+
+    def lengths(self) -> np.ndarray:
+        """Elements of every row in the task's `length_column`.
+
+        Raises `RecipeError` for tasks whose rows are all of one length.
+        """
+        column = self.task.length_column
+        if column is None or not isinstance(self.ready, datasets.Dataset):
+            raise RecipeError(
+                f"training.train_sampling_strategy: rows of {type(self.task).__name__} have no lengths to group by",
+                "use random",
+            )
+        values = self.ready.select_columns([column]).with_format("arrow")[:][column]
+        return np.asarray(pc.list_value_length(values).to_numpy())
 
     def __getitems__(self, items: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
         positions = [position for _, position in items]

@@ -151,7 +151,8 @@ class Training(Noun):
     metric_for_best_model: with load_best_model_at_end or early_stopping_patience; the task's first metric by default.
     num_threads: CPU threads of a rank. non_finite: `stop` on a loss or gradient that is not finite, or `skip` such
     steps and count them. torch_compile, channels_last: compile the model; keep images with channels last.
-    profile_steps: write a trace of so many steps to `<stage>/logs/trace.json`.
+    profile_steps: write a trace of so many steps to `<stage>/logs/trace.json`. train_sampling_strategy: order of the
+    training rows; `group_by_length` makes batches of rows of about the same length, which saves padding.
     """
 
     def __init__(
@@ -190,6 +191,7 @@ class Training(Noun):
         greater_is_better: bool | None = None,
         early_stopping_patience: Positive | None = None,
         report_to: Tracker | list[Tracker] | None = None,
+        train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = "random",
         dataloader_num_workers: Annotated[int, Field(ge=0, le=1024)] = 0,
         dataloader_drop_last: bool = False,
         full_determinism: bool = False,

@@ -83,6 +83,8 @@ class Task:
     """Other metrics of which lower is better."""
     cache_rows: ClassVar[bool] = True
     """Whether preprocessed rows are kept on disk (text) or made on the fly (images)."""
+    length_column: ClassVar[str | None] = None
+    """Column of preprocessed rows whose length differs from row to row, if any: batches may be made by it."""
     random_rows: bool = False
     """Whether training rows are preprocessed anew in every epoch, because `preprocess` draws (a caption out of
     several)."""

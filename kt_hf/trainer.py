@@ -619,6 +619,12 @@ def check_stack(strategies: dict[str, Strategy], training: Training, task: Any, 
             raise RecipeError(
                 f"{where}: '{owners[0]}' and '{owners[1]}' both decide the {hook}", "use one of them in this stage"
             )
+    owner = next((name for name, s in strategies.items() if s.batches is not None), None)
+    if owner and training.train_sampling_strategy != "random":
+        raise RecipeError(
+            f"{where}: '{owner}' and train_sampling_strategy={training.train_sampling_strategy} both make the batches",
+            "use one of them",
+        )
     if training.fp16 and training.bf16:
         raise RecipeError(f"{where}: fp16 and bf16 exclude each other", "choose one of them")
     owner = next((name for name, s in strategies.items() if s.backward is not None), None)

@@ -17,6 +17,7 @@ class TextClassification(classification.Classification, Task):
     of one on the Hub; the first decides.
     """
 
+    length_column = "input_ids"
     roles = (
         Role("text", ("string",), aliases=("sentence", "sentence1", "premise", "question", "content", "review")),
         Role("text_pair", ("string",), required=False, aliases=("sentence2", "hypothesis", "text2")),

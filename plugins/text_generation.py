@@ -61,6 +61,7 @@ class TextGeneration(Task):
         Role("image", ("image",), required=False, aliases=("img", "pixel_values")),
     )
     unit = "token"
+    length_column = "input_ids"
     metric = "perplexity"
     greater_is_better = False
     lower_metrics = ("loss",)

@@ -274,16 +274,16 @@ ROWS = [
         [{"training": "first.42", "step": 3}, {"op": r"rename .*/first/\.stage\.partial"}, {"sweep": "main"}],
         ends="finished",
     ),
+    Row(
+        "text grouped by length, 2 workers, accumulation",
+        recipe(TEXTS, BERT, ["finetune"], train_sampling_strategy="group_by_length", dataloader_num_workers=2),
+        IN_ONE_EPOCH,
+    ),
 ]
 
 # Rows that wait for a setting of the product: setting -> row. Once the setting is there, `test_no_row_waits_in_vain`
 # fails: then move the row up into ROWS, and nothing else is to be done.
 WAITING = {
-    "training.train_sampling_strategy": Row(
-        "text grouped by length, 2 workers, accumulation",
-        recipe(TEXTS, BERT, ["finetune"], train_sampling_strategy="group_by_length", dataloader_num_workers=2),
-        IN_ONE_EPOCH,
-    ),
     "training.packing": Row(
         "text generation, packed, accumulation",
         recipe(DOCUMENTS, GPT2, [LORA, EMA], "text-generation", packing=True),
