@@ -29,7 +29,7 @@ from safetensors.numpy import load_file
 HERE = Path(__file__).parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 KILLED = (-signal.SIGKILL, -signal.SIGXFSZ)
-TIMINGS = re.compile(r"(.*_)?seconds|.*_per_second|peak_memory_bytes|created")
+TIMINGS = re.compile(r"(.*_)?seconds|phases|.*_per_second|peak_memory_bytes|created")
 """Figures that two runs never share, wherever they stand in a report."""
 
 
