@@ -29,6 +29,7 @@ COSTS = (
     "seconds",
     "examples_per_second",
     "optimizer_steps",
+    "skipped_steps",
     "peak_memory_bytes",
     "trained_parameters",
     "total_parameters",
@@ -43,8 +44,8 @@ class SeedEvidence:
     index_N: ids of the test examples. metrics: scalars. examples: per metric that is a mean over examples (values_N,
     weights_N or None). statistics: per metric that is none, a function of example weights_N. references_N,
     predictions_N: class numbers, negative for unknown. curve: points {step, loss, learning_rate, terms}. evaluations:
-    points {step, metric: value} on validation data. cost: the keys of `COSTS`. trials: {learning_rate, metric,
-    validation, seconds, chosen}.
+    points {step, metric: value} on validation data. cost: the keys of `COSTS`, and `phases`.
+    trials: {learning_rate, metric, validation, seconds, chosen}.
     """
 
     seed: int
@@ -289,7 +290,9 @@ def _cost(seeds: Sequence[SeedEvidence]) -> dict[str, Any]:
     }
     # Other seeds take over seed 0's choice, and the chosen trial is the run itself.
     vain = float(sum(t.get("seconds") or 0.0 for t in seeds[0].trials if not t.get("chosen")))
-    return {**means, "trials_seconds": vain, "per_seed": per_seed}
+    shares: list[Mapping[str, float]] = [s.cost.get("phases") or {} for s in seeds]  # type: ignore[misc]
+    phases = {name: float(np.mean([share.get(name, 0.0) for share in shares])) for name in shares[0]}
+    return {**means, "trials_seconds": vain, "phases": phases, "per_seed": per_seed}
 
 
 # --- classes --------------------------------------------------------------------------------------------------

@@ -466,6 +466,11 @@ def _cost_table(stage: Stage) -> str:
         ("peak memory", _bytes(c["peak_memory_bytes"])),
         ("size on disk", _bytes(c["size_on_disk_bytes"])),
     ]
+    shares = {name: share for name, share in (c.get("phases") or {}).items() if share >= 0.005}
+    if shares:
+        facts.append(("time went to", ", ".join(f"{name} {share:.0%}" for name, share in shares.items())))
+    if c.get("skipped_steps"):
+        facts.append(("steps skipped as not finite", f"{c['skipped_steps']:,.0f}"))
     return (
         "<table>"
         + "".join(f'<tr><td class="k">{escape(k)}</td><td class="n">{escape(v)}</td></tr>' for k, v in facts)

@@ -556,9 +556,8 @@ class Trainer:
             "phases": self.clock.shares(self.seconds),
         }
         revisions = self.run_facts.revisions()
-        skipped = float(self.notes.skipped)
+        skipped = cost["skipped_steps"] = int(self.notes.skipped)
         if skipped:
-            cost["skipped_steps"] = int(skipped)
             logger.warning("%s: %d steps were not finite and were skipped", self.run_facts.folder.name, skipped)
         return Result(self.loaded, self.curve, self.evaluations, cost, self.best["step"], revisions)
 
