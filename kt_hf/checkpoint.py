@@ -5,6 +5,8 @@ nothing is pickled.
       state.safetensors   model/<name>, strategies/<name>, optim/<parameter>/<key>
       trainer.json        step, histories, settings
       manifest.json       sha256 and size of every file
+
+A sharded training (kt_hf/sharding.py) has a file of each process, shard-00001-of-00002.safetensors, in its place.
 """
 
 from __future__ import annotations
@@ -129,8 +131,7 @@ def save(
 
     about: facts of the process for the manifest, such as its number of threads.
     """
-    final = folder / f"step-{step:06d}"
-    staged = folder / f".{final.name}.partial"
+    staged = staging(folder, step)
     with disk(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for litter in folder.glob(".step-*"):  # of processes that were killed while they wrote or removed
@@ -138,15 +139,34 @@ def save(
         staged.mkdir()
         try:
             files = {"state.safetensors": write(staged / "state.safetensors", tensor_chunks(tensors))}
-            files["trainer.json"] = write_json(staged / "trainer.json", facts)
-            write_manifest(staged, files, step=step, **(about or {}))
-            fsync_folder(staged)
-            shutil.rmtree(final, ignore_errors=True)
-            os.rename(staged, final)
-            fsync_folder(folder)
+            return publish(staged, step, files, facts, keep, protect, about)
         except OSError:
             shutil.rmtree(staged, ignore_errors=True)
             raise
+
+
+def staging(folder: Path, step: int) -> Path:
+    """Where a checkpoint is written before it is renamed into place."""
+    return folder / f".step-{step:06d}.partial"
+
+
+def publish(
+    staged: Path,
+    step: int,
+    files: dict[str, dict[str, Any]],
+    facts: dict[str, Any],
+    keep: int,
+    protect: Collection[str] = (),
+    about: dict[str, Any] | None = None,
+) -> Path:
+    """Add facts and the manifest to a staged folder whose tensors are written, rename it into place, rotate."""
+    folder, final = staged.parent, staged.parent / f"step-{step:06d}"
+    files["trainer.json"] = write_json(staged / "trainer.json", facts)
+    write_manifest(staged, files, step=step, **(about or {}))
+    fsync_folder(staged)
+    shutil.rmtree(final, ignore_errors=True)
+    os.rename(staged, final)
+    fsync_folder(folder)
     rotate(folder, keep, {*protect, final.name})
     return final
 
@@ -172,7 +192,7 @@ def verify(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         expected = {str(name): str(facts["sha256"]) for name, facts in manifest["files"].items()}
-        if not {"state.safetensors", "trainer.json"} <= set(expected):
+        if "trainer.json" not in expected or not any(name.endswith(".safetensors") for name in expected):
             raise KeyError("files")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise IntegrityError(

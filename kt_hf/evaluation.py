@@ -5,15 +5,17 @@ Shapes: N examples.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from kt_hf import randomness, signals
-from kt_hf.data import DataInfo
 from kt_hf.loader import Rows, evaluation_batches, load_batches
 from kt_hf.task import Loaded, Scores, Task
+
+if TYPE_CHECKING:
+    from kt_hf.data import DataInfo
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

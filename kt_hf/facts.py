@@ -6,15 +6,17 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from kt_hf.bundle import Frozen
-from kt_hf.data import DataInfo
 from kt_hf.errors import RecipeError
 from kt_hf.recipe import Model
 from kt_hf.task import Loaded, Task
+
+if TYPE_CHECKING:
+    from kt_hf.data import DataInfo
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import signal
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import nn
 
-from kt_hf import checkpoint, evaluation, optimizer, randomness, signals
+from kt_hf import checkpoint, evaluation, optimizer, randomness, sharding, signals
 from kt_hf.bundle import Bundle, Position
 from kt_hf.clock import Clock, Tracer
 from kt_hf.errors import DataError, NonFiniteError, RecipeError
@@ -79,11 +79,12 @@ class Trainer:
         self.saved = 0
         self.told = TellTale(run)
         self.wrapped: Any = None
+        self.sharded: sharding.Sharded | None = None
 
     # --- the whole, top to bottom ---
 
     def run(self) -> Result:
-        check_accelerator(self.accelerator, self.training)
+        self.shards = check_accelerator(self.accelerator, self.training)
         self.check_selection()
         self.prepare_model()
         self.feed = Feed(self.run_facts, self.training, self.data, self.strategies, self.stream_info, self.stop_at)
@@ -132,22 +133,28 @@ class Trainer:
         self.bundle = Bundle(
             self.loaded, self.task, self.strategies, t.label_smoothing_factor, t.forward_chunk_size, half(t)
         ).to(run.device)
+        self.base_rate = optimizer.base_rate(t)
+        self.factor_at = optimizer.schedule(t, run.planned_steps)
+        self.build_optimizer()
+        self.notes = Notes(run.device, run.world, skip=t.non_finite == "skip")
+        self.scaler = torch.amp.GradScaler(run.device.type) if t.fp16 else None
+        self.clock = Clock(run.device)
+        self.buffers_before = self.kept_buffers()
+        self.backward_hook = next((s.backward for s in self.strategies.values() if s.backward is not None), None)
+
+    def build_optimizer(self) -> None:
+        """Over what is trainable now; sharding puts other parameters in the place of these."""
         self.trainable = list(optimizer.named_trainable(self.bundle).values())
         if not self.trainable:
             raise RecipeError(
                 "nothing is trainable: every parameter is frozen", "freeze less, or use an evaluate stage"
             )
         self.names = {id(p): name for name, p in self.bundle.named_parameters()}
-        self.base_rate = optimizer.base_rate(t)
-        self.factor_at = optimizer.schedule(t, run.planned_steps)
         self.optimizer = optimizer.build(
-            t, optimizer.groups(self.bundle, self.strategies, t.weight_decay), self.base_rate
+            self.training,
+            optimizer.groups(self.bundle, self.strategies, self.training.weight_decay),
+            self.base_rate,
         )
-        self.notes = Notes(run.device, run.world, skip=t.non_finite == "skip")
-        self.scaler = torch.amp.GradScaler(run.device.type) if t.fp16 else None
-        self.clock = Clock(run.device)
-        self.buffers_before = self.kept_buffers()
-        self.backward_hook = next((s.backward for s in self.strategies.values() if s.backward is not None), None)
 
     def kept_buffers(self) -> dict[str, torch.Tensor]:
         """Copies of the batch statistics, where steps may be skipped."""
@@ -158,6 +165,9 @@ class Trainer:
     def wrap(self) -> None:
         """Give the bundle to accelerate; DDP has to know beforehand whether some weights may get no gradient."""
         self.bundle.train()
+        if self.shards is not None:
+            self.shard()
+            return
         if self.run_facts.world > 1:
             handler = self.accelerator.ddp_handler or DistributedDataParallelKwargs(broadcast_buffers=False)
             handler.find_unused_parameters = self.misses_parameters()
@@ -167,6 +177,17 @@ class Trainer:
             self.wrapped = self.accelerator.prepare_model(self.bundle)
         if self.training.torch_compile:
             self.bundle.model.compile()  # in place: names of weights stay
+
+    def shard(self) -> None:
+        """Shard the bundle in place, then build the optimizer over the shards."""
+        assert self.shards is not None
+        self.saved_names = set(self.model_tensors())
+        missing = self.misses_parameters()
+        self.trainable.clear()  # or they would keep whole weights in memory
+        self.optimizer.param_groups.clear()
+        self.sharded = sharding.Sharded(self.bundle, self.shards, self.run_facts.device, missing)
+        self.wrapped = self.bundle
+        self.build_optimizer()
 
     def misses_parameters(self) -> bool:
         """Whether the first loss does not reach some trainable parameter, on any rank."""
@@ -191,7 +212,8 @@ class Trainer:
         t, run = self.training, self.run_facts
         self.eval_every, self.save_every = self.cadence(t.eval_steps, True), self.cadence(t.save_steps, False)
         progress = Progress(run.folder.name, self.stop_at, start, self.accelerator.is_main_process)
-        tracer = Tracer(t.profile_steps, run.folder / "logs" / "trace.json")
+        traced = t.profile_steps if self.accelerator.is_main_process else 0  # ranks would write over one another
+        tracer = Tracer(traced, run.folder / "logs" / "trace.json")
         with closing(progress), closing(tracer), closing(self.feed.steps(start)) as steps, signals.patience():
             if start and self.judge(start, progress):  # the run ended between saving and evaluating
                 return
@@ -251,7 +273,7 @@ class Trainer:
                 self.backward_hook(compute, len(window), self.run_facts)
             else:
                 for i in range(len(window)):
-                    with self.accelerator.no_sync(self.wrapped) if i + 1 < len(window) else nullcontext():
+                    with self.no_sync() if i + 1 < len(window) else nullcontext():
                         total = compute(i)
                         with self.clock.phase("backward"):
                             total.backward()
@@ -264,6 +286,10 @@ class Trainer:
             raise
         with self.clock.phase("optimizer"):
             self.update(step, positions[0].progress)
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Gradients are exchanged with the last micro-batch of a window only."""
+        return self.accelerator.no_sync(self.wrapped) if self.sharded is None else self.sharded.no_sync()
 
     def total(self, terms: dict[str, torch.Tensor]) -> torch.Tensor:
         """The sum of the terms that have a gradient; all are added up for the log."""
@@ -288,11 +314,13 @@ class Trainer:
                     parameter.grad = None
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
+        if self.sharded is not None:
+            sharding.average_whole(self.trainable)
         gradients = [p.grad for p in self.trainable if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients, foreach=True).to(self.run_facts.device)
+        norm = sharding.total_norm(gradients).to(self.run_facts.device)
         bad = self.notes.close(step, norm, overflow_is_bad=self.scaler is None)
         if t.max_grad_norm:
-            torch.nn.utils.clip_grads_with_norm_(self.trainable, t.max_grad_norm, norm, foreach=True)
+            sharding.clip(self.trainable, t.max_grad_norm, norm)
         self.make_update(bad)
         for strategy in self.strategies.values():
             strategy.after_step(self.bundle.model, progress)
@@ -394,6 +422,8 @@ class Trainer:
             "validation",
             self.training.per_device_eval_batch_size,
         )
+        if self.sharded is not None:
+            self.sharded.reshard()
         scores = evaluation.measure(self.task, self.loaded, self.info, found)
         self.evaluations.append({"step": done, **scores.metrics})
         if self.track is not None:
@@ -432,6 +462,8 @@ class Trainer:
     def model_tensors(self) -> dict[str, torch.Tensor]:
         """What training changes: trained weights, buffers, and all that strategies registered. Frozen weights of the
         model come from where it was loaded."""
+        if self.sharded is not None:
+            return {name: t for name, t in self.bundle.state_dict().items() if name in self.saved_names}
         frozen = {p.data_ptr() for p in self.bundle.model.parameters() if not p.requires_grad and p.numel()}
         found: dict[str, torch.Tensor] = {}
         seen: set[int] = set()
@@ -452,10 +484,13 @@ class Trainer:
         with self.clock.phase("saving"):
             state = {f"optim/{k}": v for k, v in optimizer.state_tensors(self.optimizer, self.names).items()}
             tensors, facts = {**self.model_tensors(), **state}, self.facts(done)
-            if self.accelerator.is_main_process:
-                protect = {f"step-{self.best['step']:06d}"} if self.best["step"] else set()
-                about = {"world": self.run_facts.world, "threads": torch.get_num_threads()}
-                limit = self.training.save_total_limit
+            protect = {f"step-{self.best['step']:06d}"} if self.best["step"] else set()
+            about = {"world": self.run_facts.world, "threads": torch.get_num_threads()}
+            limit = self.training.save_total_limit
+            if self.sharded is not None:
+                device = self.run_facts.device
+                sharding.save(self.checkpoints, done, tensors, facts, limit, protect, about, device)
+            elif self.accelerator.is_main_process:
                 checkpoint.save(self.checkpoints, done, tensors, facts, limit, protect, about)
             self.accelerator.wait_for_everyone()
 
@@ -483,8 +518,11 @@ class Trainer:
             return 0
         path, facts, about = found
         self.check_same(path, facts)
-        rest = checkpoint.load_into(path, self.model_tensors())
-        saved = checkpoint.read_tensors(path, {name for name in rest if name.startswith("optim/")})
+        rest = {name for name in self.load_into(path) if name.startswith("optim/")}
+        if self.sharded is not None or sharding.is_sharded(path):
+            saved = sharding.like_parameters(path, rest, dict(self.bundle.named_parameters()))
+        else:
+            saved = checkpoint.read_tensors(path, rest)
         optimizer.restore_state(
             self.optimizer, self.names, {k.removeprefix("optim/"): v for k, v in saved.items()}, self.run_facts.device
         )
@@ -508,6 +546,12 @@ class Trainer:
                     now[key],
                 )
         return self.saved
+
+    def load_into(self, path: Path) -> set[str]:
+        """Copy a checkpoint's weights into the bundle; returns the names of what else it holds."""
+        if self.sharded is not None or sharding.is_sharded(path):
+            return sharding.load_into(path, self.model_tensors())
+        return checkpoint.load_into(path, self.model_tensors())
 
     def check_same(self, path: Path, facts: dict[str, Any]) -> None:
         """Refuse a checkpoint whose steps would mean something else now."""
@@ -534,7 +578,9 @@ class Trainer:
         if self.training.load_best_model_at_end and self.best["step"] not in (None, steps):
             best = self.checkpoints / f"step-{self.best['step']:06d}"
             checkpoint.verify(best)
-            checkpoint.load_into(best, self.model_tensors())
+            self.load_into(best)
+        if self.sharded is not None:
+            self.sharded.whole()
         trained = sum(p.numel() for p in self.trainable)
         total = sum(p.numel() for p in self.bundle.model.parameters())
         model: nn.Module = self.bundle.model
@@ -624,6 +670,7 @@ def check_stack(strategies: dict[str, Strategy], training: Training, task: Any, 
             f"{where}: '{owner}' and train_sampling_strategy={training.train_sampling_strategy} both make the batches",
             "use one of them",
         )
+    sharding.check_stack(strategies, training, where)
     if training.fp16 and training.bf16:
         raise RecipeError(f"{where}: fp16 and bf16 exclude each other", "choose one of them")
     owner = next((name for name, s in strategies.items() if s.backward is not None), None)
@@ -650,14 +697,17 @@ def check_stack(strategies: dict[str, Strategy], training: Training, task: Any, 
         )
 
 
-def check_accelerator(accelerator: Any, training: Training) -> None:
-    """Refuse what a launcher may have set that this loop does not do, rather than train something else."""
+def check_accelerator(accelerator: Any, training: Training) -> Any:
+    """Refuse what a launcher may have set that this loop does not do, rather than train something else. Returns the
+    settings of sharding, if any."""
     kind = accelerator.distributed_type
-    if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+    known = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
+    if kind not in known:
         raise RecipeError(
             f"the launch configuration asks for {kind.value}, which is not supported",
-            "use one process, MULTI_GPU or MULTI_CPU",
+            "use one process, MULTI_GPU, MULTI_CPU, or FSDP with fsdp_version 2",
         )
+    shards = sharding.check(accelerator, training)
     if accelerator.mixed_precision not in ("no", "bf16") or (
         accelerator.mixed_precision == "bf16" and not training.bf16
     ):
@@ -667,6 +717,7 @@ def check_accelerator(accelerator: Any, training: Training) -> None:
         )
     # the terms are normalised by count; accelerate must not divide once more
     accelerator.gradient_accumulation_steps = 1
+    return shards
 
 
 def checkpoint_gradients(model: nn.Module) -> None:

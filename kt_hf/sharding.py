@@ -1,0 +1,372 @@
+"""Weights, gradients and optimizer state sharded over the processes: FSDP2, as accelerate's launch configurations ask
+for it, and its checkpoints.
+
+`fully_shard` is called here with the settings of accelerate's plugin, and not through `accelerator.prepare`: that wants
+an optimizer from before the sharding, finds no layers inside of a bundle, and on CPUs leaves FSDP out silently. So what
+two processes on a CPU test is what runs on GPUs.
+
+The bundle is sharded as one: each transformer layer (of the model and of copies that strategies keep) is a group of its
+own, the rest belongs to the bundle. Parameters without dimensions cannot be sharded; they stay whole on every process
+and their gradients are averaged (`average_whole`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from kt_hf import checkpoint
+from kt_hf.bundle import Bundle
+from kt_hf.errors import IntegrityError, KtError, RecipeError, ResourceError
+from kt_hf.recipe import Training
+from kt_hf.strategy import Strategy
+
+OFFSETS = "DCP_SHARDING_INFO"
+"""Key under which torch's distributed checkpoint keeps, in a safetensors file, where its tensors begin in the whole."""
+
+
+# --- what a launch configuration asks for
+
+
+def requested() -> bool:
+    """Whether the launcher asks for FSDP. On CPUs accelerate itself does not look at that."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def check(accelerator: Any, training: Training) -> FullyShardedDataParallelPlugin | None:
+    """The plugin's settings where the bundle is to be sharded; `RecipeError` for settings that nobody has tried.
+
+    None for one process without a process group: there is nothing to shard.
+    """
+    if not requested() or accelerator.distributed_type == DistributedType.NO:
+        return None
+    on_gpus = accelerator.distributed_type == DistributedType.FSDP
+    plugin = accelerator.state.fsdp_plugin if on_gpus else FullyShardedDataParallelPlugin()
+    wanted = {
+        "fsdp_version": (plugin.fsdp_version != 2, "set fsdp_version: 2"),
+        "fsdp_offload_params": (type(plugin.cpu_offload).__name__ == "CPUOffloadPolicy", "set it to false"),
+        "fsdp_cpu_ram_efficient_loading": (plugin.cpu_ram_efficient_loading, "set it to false: every rank loads"),
+        "fsdp_activation_checkpointing": (plugin.activation_checkpointing, "use training.gradient_checkpointing=true"),
+        "fsdp_auto_wrap_policy": (
+            getattr(plugin.auto_wrap_policy, "__name__", "") == "size_based_auto_wrap_policy",
+            "use TRANSFORMER_BASED_WRAP or NO_WRAP",
+        ),
+        "mixed_precision": (accelerator.mixed_precision != "no", "set it to no, and training.bf16=true"),
+    }
+    for name, (refused, remedy) in wanted.items():
+        if refused:
+            raise RecipeError(f"the launch configuration's {name} is not supported with FSDP", remedy)
+    check_training(training, "training")
+    return plugin
+
+
+def check_training(training: Training, where: str) -> None:
+    """Settings that sharded training does not do."""
+    wanted = {
+        "fp16": (training.fp16, "use training.bf16=true"),
+        "torch_compile": (training.torch_compile, "leave it out"),
+        "channels_last": (training.channels_last, "leave it out"),
+        "optim=adafactor": (training.optim == "adafactor", "use adamw_torch_fused: factored moments do not shard"),
+    }
+    for name, (refused, remedy) in wanted.items():
+        if refused:
+            raise RecipeError(f"{where}: {name} and FSDP exclude each other so far", remedy)
+
+
+def check_stack(strategies: Mapping[str, Strategy], training: Training, where: str) -> None:
+    """Refuse, before any weight is loaded, what sharded training does not do."""
+    if not requested():
+        return
+    check_training(training, where)
+    for name, strategy in strategies.items():
+        if strategy.backward is not None:
+            raise RecipeError(
+                f"{where}: '{name}' makes its own gradients, which FSDP shards while they are made",
+                "launch it without FSDP",
+            )
+
+
+# --- the bundle
+
+
+class Sharded:
+    """A bundle, sharded in place. `whole` turns it back into the plain module that it was."""
+
+    def __init__(self, bundle: Bundle, plugin: FullyShardedDataParallelPlugin, device: torch.device, missing: bool):
+        """missing: whether some trained weights may get no gradient on some process."""
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import FSDPModule, fully_shard
+
+        self.bundle = bundle
+        give_copies_their_own(bundle)
+        with torch.no_grad():  # a process takes its slice of what it has itself: all must have the same
+            for tensor in (*bundle.parameters(), *bundle.buffers()):
+                dist.broadcast(tensor, 0)
+        before = {module: (type(module), set(vars(module)), _hooks(module)) for module in bundle.modules()}
+        settings: dict[str, Any] = {
+            "mesh": init_device_mesh(device.type, (dist.get_world_size(),)),
+            "ignored_params": {p for p in bundle.parameters() if p.dim() == 0},
+        }
+        for module in layers(bundle, plugin):
+            fully_shard(module, reshard_after_forward=plugin.reshard_after_forward, **settings)
+        fully_shard(bundle, **settings)
+        if missing:
+            if not hasattr(bundle, "set_reduce_scatter_unused_params"):
+                raise RecipeError(
+                    "the loss does not reach some trained weights, which FSDP of this torch cannot follow",
+                    "freeze them, or use torch 2.15",
+                )
+            bundle.set_reduce_scatter_unused_params(True)  # type: ignore[operator]
+        self.parts = [module for module in bundle.modules() if isinstance(module, FSDPModule)]
+        self._restore = {m: (*found, set(vars(m)) - found[1]) for m, found in before.items()}
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Gradients stay whole and on their process until the last micro-batch of a window."""
+        self.bundle.set_requires_gradient_sync(False)  # type: ignore[operator]
+        try:
+            yield
+        finally:
+            self.bundle.set_requires_gradient_sync(True)  # type: ignore[operator]
+
+    def reshard(self) -> None:
+        """Let go of weights that an evaluation has gathered; no backward comes to do so."""
+        for part in self.parts:
+            part.reshard()
+
+    def whole(self) -> None:
+        """Gather every parameter on every process and take FSDP out of the modules."""
+        self.reshard()
+        full: dict[int, nn.Parameter] = {}
+        for module, (kind, _, hooks, added) in self._restore.items():
+            for name, parameter in module._parameters.items():
+                if not isinstance(parameter, DTensor):
+                    continue
+                if id(parameter) not in full:  # tied weights stay tied
+                    tensor = parameter.detach().full_tensor()
+                    full[id(parameter)] = nn.Parameter(tensor, parameter.requires_grad)
+                module._parameters[name] = full[id(parameter)]
+            module.__class__ = kind
+            for name in added:
+                vars(module).pop(name, None)
+            vars(module).update(hooks)
+
+
+def _hooks(module: nn.Module) -> dict[str, Any]:
+    return {name: copy(value) for name, value in vars(module).items() if name.endswith(("_hooks", "_with_kwargs"))}
+
+
+def layers(bundle: Bundle, plugin: FullyShardedDataParallelPlugin) -> list[nn.Module]:
+    """The modules that get a group of their own: layers that the configuration or the models themselves name."""
+    if plugin.auto_wrap_policy is None:
+        return []
+    names = set(plugin.transformer_cls_names_to_wrap or [])
+    if not names:
+        for module in bundle.modules():
+            names |= set(getattr(module, "_no_split_modules", None) or [])
+    found = [module for module in bundle.modules() if type(module).__name__ in names]
+    missing = set(plugin.transformer_cls_names_to_wrap or []) - {type(module).__name__ for module in found}
+    if missing:
+        raise RecipeError(
+            f"fsdp_transformer_layer_cls_to_wrap: the model has no {min(missing)}", "leave it out, or name its layers"
+        )
+    inside = {child for module in found for child in module.modules() if child is not module}
+    return [module for module in found if module not in inside]
+
+
+def give_copies_their_own(bundle: Bundle) -> None:
+    """FSDP wants every parameter in one group: a copy of the model that shares its frozen weights gets its own."""
+    shared = {id(p) for p in bundle.model.parameters()}
+    own: dict[int, nn.Parameter] = {}
+    for module in bundle.strategies.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) in shared:
+                if id(parameter) not in own:
+                    own[id(parameter)] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+                module._parameters[name] = own[id(parameter)]
+
+
+# --- the update
+
+
+def average_whole(parameters: Iterable[nn.Parameter]) -> None:
+    """Average the gradients of parameters that are not sharded."""
+    for parameter in parameters:
+        if not isinstance(parameter, DTensor):
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            dist.all_reduce(gradient)
+            parameter.grad = gradient / dist.get_world_size()
+
+
+def total_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
+    """2-norm over gradients of which some are sharded, equal on every process."""
+    kinds: list[list[torch.Tensor]] = [
+        [g for g in gradients if isinstance(g, DTensor)],
+        [g for g in gradients if not isinstance(g, DTensor)],
+    ]
+    norms = [torch.nn.utils.get_total_norm(kind, foreach=True) for kind in kinds if kind]
+    found = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    return torch.stack(found).norm() if len(found) > 1 else found[0] if found else torch.zeros(())
+
+
+def clip(parameters: list[nn.Parameter], max_norm: float, norm: torch.Tensor) -> None:
+    """Sharded gradients apart from whole ones: torch does not take both in one call."""
+    for sharded in (True, False):
+        kind = [p for p in parameters if isinstance(p, DTensor) == sharded]
+        torch.nn.utils.clip_grads_with_norm_(kind, max_norm, norm, foreach=True)
+
+
+# --- checkpoints
+
+
+def own_part(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """What this process writes: its slices of the sharded tensors, and on the first process those that are whole.
+    With the metadata of the file, by which torch's `HuggingFaceStorageReader` puts the slices together."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    found: dict[str, torch.Tensor] = {}
+    offsets: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        offset: tuple[int, ...] = (0,) * tensor.dim()
+        if isinstance(tensor, DTensor):
+            _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+            if not tensor.to_local().numel() and tensor.numel():
+                continue
+            tensor = tensor.to_local()
+        elif dist.get_rank() > 0:
+            continue
+        found[name], offsets[name] = tensor, {"saved_offsets": list(offset)}
+    return found, {OFFSETS: json.dumps(offsets)}
+
+
+def save(
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, torch.Tensor],
+    facts: dict[str, Any],
+    keep: int,
+    protect: Collection[str],
+    about: dict[str, Any],
+    device: torch.device,
+) -> None:
+    """`checkpoint.save` with a file of each process, on a disk that all of them see. All fail if one does."""
+    staged, rank, world = checkpoint.staging(folder, step), dist.get_rank(), dist.get_world_size()
+    names = [f"shard-{i + 1:05d}-of-{world:05d}.safetensors" for i in range(world)]
+    with together(folder, device):
+        if rank == 0:
+            shutil.rmtree(staged, ignore_errors=True)
+            staged.mkdir(parents=True)
+    try:
+        with together(folder, device):
+            mine = checkpoint.write(staged / names[rank], checkpoint.tensor_chunks(*own_part(tensors)))
+        files = dict(zip(names, exchange(mine, device), strict=True))
+        with together(folder, device):
+            if rank == 0:
+                checkpoint.publish(staged, step, files, facts, keep, protect, about)
+    except (KtError, OSError):
+        if rank == 0:
+            shutil.rmtree(staged, ignore_errors=True)
+        raise
+
+
+def exchange(mine: dict[str, Any], device: torch.device) -> list[dict[str, Any]]:
+    """Hash and size of the file of every process, sent as bytes."""
+    sent = bytearray(bytes.fromhex(mine["sha256"]) + mine["size"].to_bytes(8, "big"))
+    digest = torch.frombuffer(sent, dtype=torch.uint8).to(device)
+    digests = [torch.empty_like(digest) for _ in range(dist.get_world_size())]
+    dist.all_gather(digests, digest)
+    return [
+        {"sha256": d[:32].hex(), "size": int.from_bytes(d[32:], "big")} for d in (bytes(d.tolist()) for d in digests)
+    ]
+
+
+@contextmanager
+def together(folder: Path, device: torch.device) -> Iterator[None]:
+    """Where one process fails to write, all raise, and none waits for it."""
+    failure: Exception | None = None
+    try:
+        with checkpoint.disk(folder):
+            yield
+    except (KtError, OSError) as error:
+        failure = error
+    failed = torch.tensor(failure is not None, dtype=torch.int32, device=device)
+    dist.all_reduce(failed, dist.ReduceOp.MAX)
+    if failure is not None:
+        raise failure
+    if failed:
+        raise ResourceError(
+            f"another process could not write its part of the checkpoint in {folder}",
+            "see its message; nothing that was saved is lost",
+        )
+
+
+def reader(folder: Path) -> Any:
+    from torch.distributed.checkpoint import HuggingFaceStorageReader
+
+    return HuggingFaceStorageReader(str(folder))
+
+
+def is_sharded(folder: Path) -> bool:
+    return not (folder / "state.safetensors").is_file()
+
+
+def saved(folder: Path) -> dict[str, torch.Tensor]:
+    """The whole tensors that the files of a checkpoint hold together, without their content."""
+    found: dict[str, torch.Tensor] = {}
+    for name, entry in reader(folder).read_metadata().state_dict_metadata.items():
+        found[name] = torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+        if sum(chunk.sizes.numel() for chunk in entry.chunks) != entry.size.numel():
+            raise IntegrityError(f"{folder}: a part of {name} is in none of its files", "use another checkpoint")
+    return found
+
+
+def load_into(folder: Path, tensors: dict[str, torch.Tensor]) -> set[str]:
+    """Copy saved tensors into existing ones, each process its own slices, whatever number of processes has written
+    them. Nothing is touched before all names and shapes are known to fit. Returns the other names in the files."""
+    known = saved(folder)
+    missing = [name for name in tensors if name not in known]
+    if missing:
+        raise IntegrityError(
+            f"{folder} lacks {missing[0]} ({len(missing)} tensors)",
+            "the recipe has changed; use --overwrite to start anew",
+        )
+    for name, tensor in tensors.items():
+        if known[name].shape != tensor.shape:
+            raise IntegrityError(
+                f"{folder}: {name} is {tuple(known[name].shape)}, the model has {tuple(tensor.shape)}",
+                "use --overwrite to start anew",
+            )
+    from torch.distributed import checkpoint as dcp
+
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="torch.distributed.checkpoint")
+        state = {name: tensor.detach() for name, tensor in tensors.items()}
+        dcp.load(state, storage_reader=reader(folder), no_dist=True)
+    return set(known) - set(tensors)
+
+
+def like_parameters(
+    folder: Path, names: Iterable[str], parameters: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Read the optimizer's entries `optim/<parameter>/<key>`, each sharded as its parameter where it has its shape."""
+    known = saved(folder)
+    found: dict[str, torch.Tensor] = {}
+    for name in names:
+        parameter = parameters[name.removeprefix("optim/").rpartition("/")[0]]
+        same = known[name].shape == parameter.shape
+        found[name] = torch.empty_like(parameter) if same else torch.empty_like(known[name], device="cpu")
+    load_into(folder, found)
+    return found

@@ -1,0 +1,86 @@
+"""Trainings whose weights are sharded over processes: `shard_cases.py FOLDER TEACHER WHAT:CASE...` on every rank.
+
+WHAT is `run`, or `stop` (leave after the checkpoint of step 5), or `go` (continue what `stop` has left). A case is one
+of `rank_cases`, or one of `CASES` here.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import conftest  # noqa: F401  the environment first
+import helpers
+import rank_cases
+from helpers import weights
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+
+from kt_hf import Strategy
+from kt_hf.trainer import Trainer
+
+
+class Share(Strategy):
+    """Notes which share of the model's weights this process holds after an update."""
+
+    def __init__(self):
+        super().__init__()
+        self.held = 0.0
+
+    def after_step(self, model, progress):
+        parameters = list(model.parameters())
+        mine = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in parameters)
+        self.held = mine / sum(p.numel() for p in parameters)
+
+
+CASES = ("checkpointing", "chunks", "accumulation", "saving", "micro1", "micro4")
+
+
+def build(name: str, folder: Path, teacher: str, factor: int, extra: dict[str, Strategy]) -> Trainer:
+    if name not in CASES:
+        return rank_cases.build(name, folder, teacher, factor, extra)
+    image: dict[str, Any] = {"kind": "image", "info": helpers.image_info(27), "task": helpers.ImageClassification()}
+    settings: dict[str, Any] = {**rank_cases.ADAMW, "per_device_train_batch_size": 4 * factor}
+    stack = {**helpers.stack("finetune", teacher), **extra}
+    if name == "checkpointing":
+        settings["gradient_checkpointing"] = True
+    if name == "chunks":
+        settings["forward_chunk_size"] = 2
+    if name == "accumulation":
+        settings.update(per_device_train_batch_size=2 * factor, gradient_accumulation_steps=2)
+    if name == "saving":
+        settings["save_steps"] = 5
+        stack = {**helpers.stack("lora+distill+ema", teacher), **extra}
+    if name.startswith("micro"):
+        settings.update(gradient_accumulation_steps=int(name[-1]), profile_steps=1, max_steps=5)
+    return helpers.make_trainer(folder, strategies=stack, **image, **settings)
+
+
+def run(what: str, name: str, folder: Path, teacher: str, factor: int = 1) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(exported weights, facts) of one case; no weights for `stop`."""
+    share = Share()
+    extra: dict[str, Strategy] = {"share": share, **({"stop": rank_cases.Stop()} if what == "stop" else {})}
+    trainer = build(name, folder, teacher, factor, extra)
+    try:
+        result = trainer.run()
+    except InterruptedError:
+        return {}, {"held": share.held}
+    if trainer.accelerator.is_main_process:
+        trainer.task.save(result.loaded, folder / "model")
+    facts = {"curve": result.curve, "evaluations": result.evaluations, "held": share.held, "best": result.best_step}
+    return weights(result), facts
+
+
+def main(folder: Path, teacher: str, jobs: list[str]) -> None:
+    accelerator = helpers.accelerator()
+    for job in jobs:
+        what, _, name = job.partition(":")
+        tensors, facts = run(what, name, folder / name, teacher, 2 // accelerator.num_processes)
+        accelerator.wait_for_everyone()
+        rank = accelerator.process_index
+        save_file({k: v.contiguous() for k, v in tensors.items()}, folder / f"{name}.{rank}.safetensors")
+        (folder / f"{name}.{rank}.json").write_text(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])
