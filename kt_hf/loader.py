@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow.compute as pc
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -182,11 +181,13 @@ class Rows(Dataset):
         Raises `RecipeError` for tasks whose rows are all of one length.
         """
         column = self.task.length_column
-        if column is None or not isinstance(self.ready, datasets.Dataset):
+        if column is None or not hasattr(self.ready, "select_columns"):
             raise RecipeError(
                 f"training.train_sampling_strategy: rows of {type(self.task).__name__} have no lengths to group by",
                 "use random",
             )
+        import pyarrow.compute as pc
+
         values = self.ready.select_columns([column]).with_format("arrow")[:][column]
         return np.asarray(pc.list_value_length(values).to_numpy())
 
