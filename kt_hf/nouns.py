@@ -149,7 +149,8 @@ class Training(Noun):
     eval_steps, save_steps: every so many optimizer steps; a value below 1 is a fraction of the run, 0 is never.
     Without a value, evaluation is after every epoch but at most ten times, and nothing is saved before the end.
     metric_for_best_model: with load_best_model_at_end or early_stopping_patience; the task's first metric by default.
-    num_threads: CPU threads of a rank.
+    num_threads: CPU threads of a rank. cache_frozen: compute the outputs of frozen lower layers once and read them from
+    disk in every epoch; `auto` where that is right and pays. cache_frozen_limit: bytes of such outputs, in GB.
     """
 
     def __init__(
@@ -187,6 +188,8 @@ class Training(Noun):
         report_to: Tracker | list[Tracker] | None = None,
         dataloader_num_workers: Annotated[int, Field(ge=0, le=1024)] = 0,
         dataloader_drop_last: bool = False,
+        cache_frozen: Literal["auto"] | bool = "auto",
+        cache_frozen_limit: Annotated[float, Field(gt=0, le=1e6)] = 4.0,
         full_determinism: bool = False,
         num_threads: Annotated[int, Field(ge=0, le=4096)] = 0,
         seed: Seed = 42,

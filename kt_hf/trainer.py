@@ -21,7 +21,7 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import nn
 from tqdm.auto import tqdm
 
-from kt_hf import checkpoint, evaluation, optimizer, randomness
+from kt_hf import checkpoint, evaluation, optimizer, prefix, randomness
 from kt_hf.bundle import Bundle, Position
 from kt_hf.errors import DataError, NonFiniteError, RecipeError
 from kt_hf.facts import Run
@@ -89,6 +89,7 @@ class Trainer:
             self.feed.check_learnable()
         try:
             self.wrap()
+            self.bundle.prefix = prefix.find(self)
             start = self.resume()
             self.started = time.perf_counter()
             self.loop(start)
@@ -183,6 +184,8 @@ class Trainer:
             closing(steps),
         ):
             for step, (window, sizes) in enumerate(steps, start):
+                if self.bundle.prefix is not None:
+                    window = [{**micro, "train": self.bundle.prefix.attach(micro["train"])} for micro in window]
                 window = [
                     {name: evaluation.to_device(batch, run.device) for name, batch in micro.items()} for micro in window
                 ]
