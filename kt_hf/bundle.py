@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,9 @@ from kt_hf.clock import named
 from kt_hf.errors import RecipeError
 from kt_hf.strategy import Strategy
 from kt_hf.task import Batch, Loaded, Task
+
+if TYPE_CHECKING:
+    from kt_hf.prefix import Prefix
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ class Step:
         position, nth = self._position, self._encoded.get(name, 0)
         self._encoded[name] = nth + 1  # the same rows twice see two draws of dropout
         randomness.seed_all("forward", name, nth, position.seed, position.step, position.micro_batch, position.rank)
-        return self._bundle.encode(batch)
+        return self._bundle.encode(batch, own=batch is self.batch)
 
     def mean(
         self, values: torch.Tensor, weight: torch.Tensor | None = None, unit: str = "example", stream: str = "train"
@@ -157,6 +160,8 @@ class Bundle(nn.Module):
         self.changers = {n: s for n, s in strategies.items() if type(s).batch is not Strategy.batch}
         self.objectives = {n: s for n, s in strategies.items() if type(s).loss is not Strategy.loss}
         self._evaluated: list[nn.Module] = []  # a list, so that it is no submodule
+        self.prefix: Prefix | None = None
+        """Outputs of frozen layers for training rows, once they are known."""
 
     def stack(self) -> dict[str, Strategy]:
         return dict(self.strategies.items())  # type: ignore[arg-type]
@@ -222,7 +227,11 @@ class Bundle(nn.Module):
             terms |= {f"{name}/{key}": value for key, value in found.items()}
         return terms
 
-    def encode(self, batch: Batch) -> Any:
+    def encode(self, batch: Batch, own: bool = False) -> Any:
+        """The model's outputs; `own` where the batch is the training batch as it came."""
+        if self.prefix is not None and own:
+            with self.prefix.serving(batch):
+                return self.task.forward(self.model, batch)
         rows = len(batch["index"])
         if not self.chunk or rows <= self.chunk:
             return self.task.forward(self.model, batch, **self.forward_kwargs)

@@ -153,6 +153,8 @@ class Training(Noun):
     steps and count them. torch_compile, channels_last: compile the model; keep images with channels last.
     profile_steps: write a trace of so many steps to `<stage>/logs/trace.json`. train_sampling_strategy: order of the
     training rows; `group_by_length` makes batches of rows of about the same length, which saves padding.
+    cache_frozen: compute the outputs of frozen lower layers once and read them from disk in every epoch; `auto`: where
+    that is right and pays. cache_frozen_limit: bytes of such outputs, in GB.
     """
 
     def __init__(
@@ -194,6 +196,8 @@ class Training(Noun):
         train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = "random",
         dataloader_num_workers: Annotated[int, Field(ge=0, le=1024)] = 0,
         dataloader_drop_last: bool = False,
+        cache_frozen: Literal["auto"] | bool = False,
+        cache_frozen_limit: Annotated[float, Field(gt=0, le=1e6)] = 4.0,
         full_determinism: bool = False,
         non_finite: Literal["stop", "skip"] = "stop",
         profile_steps: NotNegative = 0,

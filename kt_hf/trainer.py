@@ -20,7 +20,7 @@ import torch
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import nn
 
-from kt_hf import checkpoint, evaluation, optimizer, randomness, sharding, signals
+from kt_hf import checkpoint, evaluation, optimizer, prefix, randomness, sharding, signals
 from kt_hf.bundle import Bundle, Position
 from kt_hf.clock import Clock, Tracer
 from kt_hf.errors import DataError, NonFiniteError, RecipeError
@@ -92,6 +92,7 @@ class Trainer:
             self.feed.check_learnable()
         try:
             self.wrap()
+            self.bundle.prefix = prefix.find(self)
             start = self.resume()
             self.started = time.perf_counter()
             self.loop(start)
@@ -220,6 +221,8 @@ class Trainer:
             for step in range(start, self.stop_at):
                 with self.clock.phase("data"):
                     window, sizes = next(steps)
+                    if self.bundle.prefix is not None:
+                        window = [{**micro, "train": self.bundle.prefix.attach(micro["train"])} for micro in window]
                     window = [{k: self.to_device(batch) for k, batch in micro.items()} for micro in window]
                 self.step(step, window, sizes)
                 progress.step()
