@@ -25,6 +25,16 @@ UNWRITABLE = (
     errno.ENAMETOOLONG,
 )
 """Errors of the file system that another output folder, or more space, would mend."""
+_LOST = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "broken pipe",
+    "timed out waiting",
+    "remote process exited",
+    "watchdog caught collective operation timeout",
+)
+"""What gloo, nccl and torch's store say when another process is gone."""
+_START_ALL = "see its own message; run the same command again, on every machine, to continue from the last checkpoint"
 _HARMLESS = (".lock", "error.json")
 
 
@@ -72,6 +82,8 @@ def describe(error: BaseException) -> tuple[int, str, str, list[KtError]]:
     if type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "out of memory" in text.lower():
         remedy = "lower per_device_train_batch_size, set forward_chunk_size or gradient_checkpointing"
         return 6, f"out of memory: {text}", remedy, []
+    if isinstance(error, RuntimeError) and any(sign in text.lower() for sign in _LOST):
+        return 6, f"another process of this run has ended or is out of reach: {text}", _START_ALL, []
     if isinstance(error, OSError) and error.errno in UNWRITABLE:
         return 6, text, "check the free space and the rights of the output folder", []
     return 1, f"internal error: {text}", "run again with --debug and report the traceback", []

@@ -19,7 +19,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from kt_hf import data as data_module
 from kt_hf import folder as folders
 from kt_hf import recipe as grammar
-from kt_hf import registry, skeleton, stages, trainer
+from kt_hf import registry, sharding, skeleton, stages, trainer
 from kt_hf.errors import Collector, RecipeError
 from kt_hf.recipe import Data, Ensemble, Evaluate, Merge, Model, Recipe, Stage, Train
 from kt_hf.roles import fitting_tasks
@@ -133,6 +133,7 @@ def run_resolved(
 def make_accelerator() -> Accelerator:
     """Accelerate's view of where we run. Under plain torchrun without an accelerator it must be told that ranks on CPUs
     are meant, or every rank would think that it is alone."""
+    sharding.refuse_deepspeed()
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     on_cpu = ranks > 1 and not torch.accelerator.is_available()
     accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])

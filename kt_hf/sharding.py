@@ -46,6 +46,15 @@ def requested() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
+def refuse_deepspeed() -> None:
+    """Before accelerate looks for the library. Raises `RecipeError`."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise RecipeError(
+            "the launch configuration asks for DeepSpeed, which is not supported",
+            "use FSDP 2: recipes/accelerate/fsdp2.yaml",
+        )
+
+
 def check(accelerator: Any, training: Training) -> FullyShardedDataParallelPlugin | None:
     """The plugin's settings where the bundle is to be sharded; `RecipeError` for settings that nobody has tried.
 

@@ -4,6 +4,7 @@ WHAT is `run`, or `stop` (leave after the checkpoint of step 5), or `go` (contin
 of `rank_cases`, or one of `CASES` here.
 """
 
+import errno
 import json
 import sys
 from pathlib import Path
@@ -13,11 +14,27 @@ import conftest  # noqa: F401  the environment first
 import helpers
 import rank_cases
 from helpers import weights
+from kt_hf_plugins.text_generation import TextGeneration
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
-from kt_hf import Strategy
+from kt_hf import Strategy, checkpoint
+from kt_hf.errors import ResourceError
+from kt_hf.recipe import Model
 from kt_hf.trainer import Trainer
+
+
+class DiskFull(Strategy):
+    """From the second step on, the last process finds no space."""
+
+    def after_step(self, model, progress):
+        accelerator = helpers.accelerator()
+        if accelerator.process_index == accelerator.num_processes - 1:
+            checkpoint.write = out_of_space
+
+
+def out_of_space(path, chunks):
+    raise OSError(errno.ENOSPC, "no space left", str(path))
 
 
 class Share(Strategy):
@@ -33,7 +50,7 @@ class Share(Strategy):
         self.held = mine / sum(p.numel() for p in parameters)
 
 
-CASES = ("checkpointing", "chunks", "accumulation", "saving", "micro1", "micro4")
+CASES = ("checkpointing", "chunks", "accumulation", "adapter", "tied", "saving", "micro1", "micro4", "full")
 
 
 def build(name: str, folder: Path, teacher: str, factor: int, extra: dict[str, Strategy]) -> Trainer:
@@ -48,6 +65,18 @@ def build(name: str, folder: Path, teacher: str, factor: int, extra: dict[str, S
         settings["forward_chunk_size"] = 2
     if name == "accumulation":
         settings.update(per_device_train_batch_size=2 * factor, gradient_accumulation_steps=2)
+    if name == "adapter":
+        stack = {"lora": {"r": 4, "save": "adapter"}, "ema": {"decay": 0.8}, **extra}
+    if name == "tied":
+        sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+        model = Model(config="llama", config_overrides={**sizes, "tie_word_embeddings": True})
+        task, info = TextGeneration(), helpers.text_info(27)
+        del info.roles["label"]
+        stack = {"finetune": {}, "ema": {"decay": 0.8}, **extra}
+        return helpers.make_trainer(folder, strategies=stack, task=task, info=info, model=model, **settings)
+    if name == "full":
+        settings["save_steps"] = 5
+        stack = {**stack, "full": DiskFull()}
     if name == "saving":
         settings["save_steps"] = 5
         stack = {**helpers.stack("lora+distill+ema", teacher), **extra}
@@ -65,6 +94,8 @@ def run(what: str, name: str, folder: Path, teacher: str, factor: int = 1) -> tu
         result = trainer.run()
     except InterruptedError:
         return {}, {"held": share.held}
+    except ResourceError as error:
+        return {}, {"error": error.cause}
     if trainer.accelerator.is_main_process:
         trainer.task.save(result.loaded, folder / "model")
     facts = {"curve": result.curve, "evaluations": result.evaluations, "held": share.held, "best": result.best_step}

@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 from test_two_ranks import read
 from transformers import AutoModelForImageClassification
 
-from kt_hf import Strategy, checkpoint, sharding
+import kt_hf
+from kt_hf import Data, Model, Recipe, Strategy, Train, checkpoint, sharding
 from kt_hf.errors import IntegrityError, RecipeError
 from kt_hf.recipe import Training
 
@@ -33,7 +34,7 @@ FSDP = {
     "CUDA_VISIBLE_DEVICES": "",
     "OMP_NUM_THREADS": "1",
 }
-BOTH = (*rank_cases.CASES, "checkpointing", "chunks", "accumulation")
+BOTH = (*rank_cases.CASES, "checkpointing", "chunks", "accumulation", "adapter", "tied")
 
 
 def launch(processes: int, folder: Path, teacher: str, *jobs: str, **environment: str) -> None:
@@ -58,7 +59,7 @@ def teacher(tmp_path_factory) -> str:
 def two(teacher, tmp_path_factory) -> Path:
     """What one pair of processes has left of all cases."""
     folder = tmp_path_factory.mktemp("sharded")
-    launch(2, folder, teacher, *[f"run:{name}" for name in (*BOTH, "micro1", "micro4")], "stop:saving")
+    launch(2, folder, teacher, *[f"run:{name}" for name in (*BOTH, "micro1", "micro4")], "stop:saving", "run:full")
     return folder
 
 
@@ -68,7 +69,9 @@ def test_sharded_equals_one_process(name, two, teacher, tmp_path):
     theirs, ranks = read(two, name)
     assert all(0.4 < rank["held"] < 0.62 for rank in ranks), "the weights were not sharded"
     assert helpers.identical(*theirs) and helpers.distance(ours, theirs[0]) < 1e-5
-    assert facts["evaluations"] == ranks[0]["evaluations"] and facts["best"] == ranks[0]["best"]
+    assert ranks[0]["evaluations"] == ranks[1]["evaluations"] and facts["best"] == ranks[0]["best"]
+    for mine, other in zip(facts["evaluations"], ranks[0]["evaluations"], strict=True):
+        assert mine == pytest.approx(other, rel=1e-6)
     for mine, other in zip(facts["curve"], ranks[0]["curve"], strict=True):
         assert all(mine["terms"][k] == pytest.approx(other["terms"][k], abs=1e-4) for k in mine["terms"])
 
@@ -84,6 +87,12 @@ def test_the_saved_model_is_whole(name, two, teacher, tmp_path):
     shard_cases.run("run", name, tmp_path, teacher, factor=2)
     ours, theirs = logits(tmp_path / "model"), logits(two / name / "model")
     assert (ours - theirs).abs().max() < 1e-5 and ours.std() > 1e-2
+
+
+def test_an_adapter_is_whole(two, teacher, tmp_path):
+    shard_cases.run("run", "adapter", tmp_path, teacher, factor=2)
+    ours, theirs = (load_file(f / "model" / "adapter_model.safetensors") for f in (tmp_path, two / "adapter"))
+    assert helpers.distance(ours, theirs) < 1e-5 and all(t.abs().max() > 0 for t in theirs.values())
 
 
 # --- checkpoints
@@ -170,6 +179,12 @@ def test_slices_come_together(two):
         assert torch.equal(tensor, torch.cat([p[name] for p in parts if name in p]) if tensor.dim() else parts[0][name])
 
 
+def test_a_process_that_cannot_write_stops_all(two):
+    first, second = (json.loads((two / f"full.{rank}.json").read_text())["error"] for rank in (0, 1))
+    assert "another process could not write" in first and "the disk is full" in second
+    assert list((two / "full" / "checkpoints").iterdir()) == []
+
+
 # --- communication
 
 
@@ -186,7 +201,26 @@ def test_gradients_are_exchanged_once_per_step(two, teacher, tmp_path):
     assert sums(two / "micro4") == sums(two / "micro1") == 2 * sums(tmp_path / "micro1")
 
 
-# --- refusals
+# --- refusals and the launch configuration
+
+
+@pytest.mark.slow
+def test_accelerate_launch(teacher, tmp_path):
+    """The launch configuration of the recipes."""
+    config = HERE.parent / "recipes" / "accelerate" / "fsdp2_cpu_two_ranks.yaml"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    done = subprocess.run(
+        [*command, str(HERE / "shard_cases.py"), str(tmp_path), teacher, "run:lora+distill+ema"],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        cwd=HERE,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    ours, _ = shard_cases.run("run", "lora+distill+ema", tmp_path / "one", teacher, factor=2)
+    theirs, ranks = read(tmp_path, "lora+distill+ema")
+    assert all(0.4 < rank["held"] < 0.62 for rank in ranks) and helpers.distance(ours, theirs[0]) < 1e-5
 
 
 class OwnBackward(Strategy):
@@ -204,6 +238,14 @@ def test_what_sharding_does_not_do_is_refused(monkeypatch):
     for settings in ({"fp16": True}, {"torch_compile": True}, {"channels_last": True}, {"optim": "adafactor"}):
         with pytest.raises(RecipeError, match=next(iter(settings))):
             sharding.check_stack({}, Training(**settings), "stages.s")
+
+
+def test_deepspeed_is_refused(monkeypatch, tmp_path):
+    """Before accelerate looks for the library, which is not installed here."""
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    recipe = Recipe(data=Data("digits"), model=Model(config="vit"), stages=[Train("s", strategies=["finetune"])])
+    with pytest.raises(RecipeError, match="DeepSpeed, which is not supported"):
+        kt_hf.run(recipe, output_dir=str(tmp_path / "out"))
 
 
 @pytest.mark.parametrize(
