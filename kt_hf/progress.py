@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -64,6 +65,16 @@ class Progress:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
+
+
+def title(folder: Path) -> str:
+    """The training of a folder in words: its stage, and its seed or the learning rate that is tried."""
+    parts, stage = [], folder
+    if stage.parent.name == "trials":
+        parts, stage = [f"at {stage.name}"], stage.parent.parent
+    if stage.parent.name == "seeds":
+        parts, stage = [f"seed {stage.name}", *parts], stage.parent.parent
+    return " ".join([stage.name, *parts])
 
 
 def _duration(seconds: float) -> str:

@@ -20,7 +20,7 @@ import torch
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import nn
 
-from kt_hf import checkpoint, evaluation, optimizer, prefix, randomness, sharding, signals
+from kt_hf import checkpoint, evaluation, optimizer, randomness, sharding, signals
 from kt_hf.bundle import Bundle, Position
 from kt_hf.clock import Clock, Tracer
 from kt_hf.errors import DataError, NonFiniteError, RecipeError
@@ -29,7 +29,7 @@ from kt_hf.feed import Feed, Sizes, global_batch
 from kt_hf.loader import Plan  # the plan checks transforms before data are read
 from kt_hf.loader import transforms as transforms
 from kt_hf.notes import Notes
-from kt_hf.progress import Progress
+from kt_hf.progress import Progress, title
 from kt_hf.recipe import Data, Training
 from kt_hf.strategy import Strategy
 from kt_hf.task import Batch, Loaded
@@ -92,7 +92,10 @@ class Trainer:
             self.feed.check_learnable()
         try:
             self.wrap()
-            self.bundle.prefix = prefix.find(self)
+            if self.training.cache_frozen:
+                from kt_hf import prefix  # its files lie where the data library keeps its own
+
+                self.bundle.prefix = prefix.find(self)
             start = self.resume()
             self.started = time.perf_counter()
             self.loop(start)
@@ -212,7 +215,7 @@ class Trainer:
         """Steps from `start` on, each with what is due after it."""
         t, run = self.training, self.run_facts
         self.eval_every, self.save_every = self.cadence(t.eval_steps, True), self.cadence(t.save_steps, False)
-        progress = Progress(run.folder.name, self.stop_at, start, self.accelerator.is_main_process)
+        progress = Progress(title(run.folder), self.stop_at, start, self.accelerator.is_main_process)
         traced = t.profile_steps if self.accelerator.is_main_process else 0  # ranks would write over one another
         tracer = Tracer(traced, run.folder / "logs" / "trace.json")
         with closing(progress), closing(tracer), closing(self.feed.steps(start)) as steps, signals.patience():
@@ -537,7 +540,7 @@ class Trainer:
         self.clock.seconds.update(facts["phases"])
         self.buffers_before = self.kept_buffers()
         self.saved = int(facts["step"])
-        logger.warning("%s: resumed at step %d", self.run_facts.folder.name, self.saved)
+        logger.warning("%s: resumed at step %d", title(self.run_facts.folder), self.saved)
         now = {"world": self.run_facts.world, "threads": torch.get_num_threads()}
         for key, what in (("world", "processes"), ("threads", "threads")):
             if about.get(key) != now[key]:
@@ -607,7 +610,7 @@ class Trainer:
         revisions = self.run_facts.revisions()
         skipped = cost["skipped_steps"] = int(self.notes.skipped)
         if skipped:
-            logger.warning("%s: %d steps were not finite and were skipped", self.run_facts.folder.name, skipped)
+            logger.warning("%s: %d steps were not finite and were skipped", title(self.run_facts.folder), skipped)
         return Result(self.loaded, self.curve, self.evaluations, cost, self.best["step"], revisions)
 
 

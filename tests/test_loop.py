@@ -207,3 +207,17 @@ def test_shares_of_time_add_up_and_traces_name_phases_and_strategies(tmp_path):
     assert all(phases[name] > 0 for name in ("data", "forward", "backward", "optimizer", "evaluation", "saving"))
     names = {event.get("name") for event in json.loads((tmp_path / "run/logs/trace.json").read_text())["traceEvents"]}
     assert {"kt_hf.forward", "kt_hf.backward", "kt_hf.optimizer", "kt_hf.distill.loss"} <= names
+
+
+def test_a_training_is_called_by_its_stage():
+    from pathlib import Path
+
+    from kt_hf.progress import title
+
+    names = {
+        "out/student": "student",
+        "out/student/seeds/2": "student seed 2",
+        "out/student/trials/0.01": "student at 0.01",
+        "out/student/seeds/1/trials/0.01": "student seed 1 at 0.01",
+    }
+    assert {path: title(Path(path)) for path in names} == names

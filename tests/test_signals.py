@@ -56,6 +56,8 @@ def start(tmp_path: Path, launcher: tuple[str, ...] = (), name: str = "out", env
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        # a shell in the background ignores SIGINT, and so would its children
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
