@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
+from kt_hf import sharding
 from kt_hf.errors import RecipeError, nearest
 from kt_hf.recipe import Training
 from kt_hf.strategy import Strategy
@@ -67,7 +67,7 @@ def groups(bundle: nn.Module, strategies: dict[str, Strategy], weight_decay: flo
             else:
                 factor *= scale
         decay = weight_decay if parameter.dim() > 1 else 0.0
-        key = (factor, tuple(functions), decay, isinstance(parameter, DTensor))  # sharded ones do not mix with others
+        key = (factor, tuple(functions), decay, sharding.is_slice(parameter))  # sharded ones do not mix with others
         group = found.setdefault(
             key, {"params": [], "names": [], "weight_decay": decay, "factor": factor, "functions": functions}
         )

@@ -20,13 +20,12 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from kt_hf import checkpoint
 from kt_hf.bundle import Bundle
@@ -34,8 +33,16 @@ from kt_hf.errors import IntegrityError, KtError, RecipeError, ResourceError
 from kt_hf.recipe import Training
 from kt_hf.strategy import Strategy
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
 OFFSETS = "DCP_SHARDING_INFO"
 """Key under which torch's distributed checkpoint keeps, in a safetensors file, where its tensors begin in the whole."""
+
+
+def is_slice(tensor: Any) -> TypeGuard[DTensor]:
+    """Whether a tensor is a process' part of a sharded one: a DTensor, of which importing takes a third of a second."""
+    return hasattr(tensor, "to_local")
 
 
 # --- what a launch configuration asks for
@@ -162,12 +169,10 @@ class Sharded:
         full: dict[int, nn.Parameter] = {}
         for module, (kind, _, hooks, added) in self._restore.items():
             for name, parameter in module._parameters.items():
-                if not isinstance(parameter, DTensor):
-                    continue
-                if id(parameter) not in full:  # tied weights stay tied
-                    tensor = parameter.detach().full_tensor()
-                    full[id(parameter)] = nn.Parameter(tensor, parameter.requires_grad)
-                module._parameters[name] = full[id(parameter)]
+                if is_slice(parameter):
+                    if id(parameter) not in full:  # tied weights stay tied
+                        full[id(parameter)] = nn.Parameter(parameter.full_tensor().detach(), parameter.requires_grad)
+                    module._parameters[name] = full[id(parameter)]
             module.__class__ = kind
             for name in added:
                 vars(module).pop(name, None)
@@ -214,28 +219,28 @@ def give_copies_their_own(bundle: Bundle) -> None:
 def average_whole(parameters: Iterable[nn.Parameter]) -> None:
     """Average the gradients of parameters that are not sharded."""
     for parameter in parameters:
-        if not isinstance(parameter, DTensor):
+        if not is_slice(parameter):
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             dist.all_reduce(gradient)
             parameter.grad = gradient / dist.get_world_size()
 
 
-def total_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
+def total_norm(gradients: list[torch.Tensor], foreach: bool = True) -> torch.Tensor:
     """2-norm over gradients of which some are sharded, equal on every process."""
     kinds: list[list[torch.Tensor]] = [
-        [g for g in gradients if isinstance(g, DTensor)],
-        [g for g in gradients if not isinstance(g, DTensor)],
+        [g for g in gradients if is_slice(g)],
+        [g for g in gradients if not is_slice(g)],
     ]
-    norms = [torch.nn.utils.get_total_norm(kind, foreach=True) for kind in kinds if kind]
-    found = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    norms = [torch.nn.utils.get_total_norm(kind, foreach=foreach) for kind in kinds if kind]
+    found = [norm.full_tensor() if is_slice(norm) else norm for norm in norms]
     return torch.stack(found).norm() if len(found) > 1 else found[0] if found else torch.zeros(())
 
 
-def clip(parameters: list[nn.Parameter], max_norm: float, norm: torch.Tensor) -> None:
+def clip(parameters: list[nn.Parameter], max_norm: float, norm: torch.Tensor, foreach: bool = True) -> None:
     """Sharded gradients apart from whole ones: torch does not take both in one call."""
     for sharded in (True, False):
-        kind = [p for p in parameters if isinstance(p, DTensor) == sharded]
-        torch.nn.utils.clip_grads_with_norm_(kind, max_norm, norm, foreach=True)
+        kind = [p for p in parameters if is_slice(p) == sharded]
+        torch.nn.utils.clip_grads_with_norm_(kind, max_norm, norm, foreach=foreach)
 
 
 # --- checkpoints
@@ -250,7 +255,7 @@ def own_part(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tenso
     offsets: dict[str, Any] = {}
     for name, tensor in tensors.items():
         offset: tuple[int, ...] = (0,) * tensor.dim()
-        if isinstance(tensor, DTensor):
+        if is_slice(tensor):
             _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
             if not tensor.to_local().numel() and tensor.numel():
                 continue

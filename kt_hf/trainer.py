@@ -320,13 +320,16 @@ class Trainer:
                     parameter.grad = None
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        if self.sharded is not None:
+        whole = self.sharded is None
+        if not whole:
             sharding.average_whole(self.trainable)
         gradients = [p.grad for p in self.trainable if p.grad is not None]
-        norm = sharding.total_norm(gradients).to(self.run_facts.device)
+        total_norm = torch.nn.utils.get_total_norm if whole else sharding.total_norm
+        norm = total_norm(gradients, foreach=True).to(self.run_facts.device)
         bad = self.notes.close(step, norm, overflow_is_bad=self.scaler is None)
         if t.max_grad_norm:
-            sharding.clip(self.trainable, t.max_grad_norm, norm)
+            clip = torch.nn.utils.clip_grads_with_norm_ if whole else sharding.clip
+            clip(self.trainable, t.max_grad_norm, norm, foreach=True)
         self.make_update(bad)
         for strategy in self.strategies.values():
             strategy.after_step(self.bundle.model, progress)
