@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -35,7 +36,7 @@ _LOST = (
 )
 """What gloo, nccl and torch's store say when another process is gone."""
 _START_ALL = "see its own message; run the same command again, on every machine, to continue from the last checkpoint"
-_HARMLESS = (".lock", "error.json")
+_HARMLESS = (".lock", "error.json", ".error.json.partial")
 
 
 def is_ours(folder: Path) -> bool:
@@ -115,8 +116,12 @@ def _write(folder: Path, facts: dict[str, Any], several: Sequence[KtError], crea
     path = folder / "error.json"
     if several:
         facts["mistakes"] = [{"cause": scrub(m.cause), "remedy": scrub(m.remedy)} for m in several]
-    if int(os.environ.get("RANK", 0)) == 0:
+    # ranks fail at the same moment: the main process replaces the file whole, another one only makes it where none is
+    if (rank := int(os.environ.get("RANK", 0))) == 0:
         if not held_by_another(folder):
-            path.write_text(json.dumps(facts, indent=1))
-    elif not path.exists():  # the main process says it better, if it fails, too
-        path.write_text(json.dumps({**facts, "rank": int(os.environ["RANK"])}, indent=1))
+            whole = folder / ".error.json.partial"
+            whole.write_text(json.dumps(facts, indent=1))
+            os.replace(whole, path)
+    else:
+        with contextlib.suppress(FileExistsError), open(path, "x") as file:
+            file.write(json.dumps({**facts, "rank": rank}, indent=1))

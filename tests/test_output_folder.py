@@ -4,9 +4,11 @@ reproduces a run.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -16,9 +18,9 @@ from typing import Any
 
 import pytest
 
-from kt_hf import Data, Model, Recipe, Train, folder, launch
+from kt_hf import Data, Model, Recipe, Train, failing, folder, launch
 from kt_hf import recipe as grammar
-from kt_hf.errors import IntegrityError, RecipeError, ResourceError
+from kt_hf.errors import IntegrityError, KtError, RecipeError, ResourceError
 
 VIT = {
     "hidden_size": 16,
@@ -296,3 +298,25 @@ def test_a_failure_leaves_its_code_cause_and_remedy(
 def test_debug_shows_the_traceback(tmp_path: Path, log: Any, caplog: pytest.LogCaptureFixture) -> None:
     go(tiny(), tmp_path / "out", "data.path=/nowhere/at/all", "--debug", code=3)
     assert any(record.exc_info for record in caplog.records)
+
+
+def _fail_as(rank: int, folder: Path, gate) -> None:
+    os.environ["RANK"] = str(rank)
+    gate.wait()
+    with contextlib.suppress(SystemExit):
+        failing.fail(KtError("the main process" if rank == 0 else "another process " * 40, ""), folder)
+
+
+def test_ranks_that_fail_at_the_same_moment_leave_one_whole_error_json(tmp_path):
+    fork = multiprocessing.get_context("fork")
+    for number in range(20):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        gate = fork.Barrier(4)
+        ranks = [fork.Process(target=_fail_as, args=(rank, folder, gate)) for rank in range(4)]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join()
+        facts = json.loads((folder / "error.json").read_text())
+        assert facts["cause"] == "the main process" and [p.name for p in folder.iterdir()] == ["error.json"]
