@@ -12,6 +12,7 @@ import numpy as np
 from kt_hf import randomness
 from kt_hf.errors import DataError, RecipeError
 from kt_hf.loader import Collate, Plan, Rows, Windows, load_batches, transforms
+from kt_hf.packing import Packed
 from kt_hf.task import Batch
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ Sizes = dict[str, tuple[int, ...]]
 class _Source:
     """Rows of one stream and the plan by which they become batches."""
 
-    rows: Rows
+    rows: Rows | Packed
     plan: Plan
 
 
@@ -63,9 +64,9 @@ class Feed:
                     owners[name] = owner, stream
                     self.sources.update(self._extra(owner, name, stream))
 
-    def _rows(self, info: DataInfo, augment: Any, seed: int) -> Rows:
-        with self.run.accelerator.main_process_first():  # the others find what it has preprocessed
-            return Rows(info, "train", self.run.task, self.run.loaded, transforms(augment), seed, train=True)
+    def _rows(self, info: DataInfo, augment: Any, seed: int) -> Rows | Packed:
+        run = self.run
+        return training_rows(run.accelerator, run.task, run.loaded, info, self.training, augment, seed)
 
     def _extra(self, owner: str, name: str, stream: Stream) -> dict[str, _Source]:
         """The sources of an extra stream: as many as it has views, each with draws of its own."""
@@ -75,7 +76,8 @@ class Feed:
         else:
             assert self.stream_info is not None
             info = self.stream_info(stream.data)
-            count = len(info.splits["train"])
+            packing = self.training.packing
+            count = len(self._rows(info, stream.augment, seed) if packing else info.splits["train"])
             size = max(1, round(global_batch(self.training, self.run.world) * stream.ratio))
             plan = Plan(count, min(size, count), seed % 2**32, drop_last=True)
         keys = [name] if stream.views == 1 else [f"{name}.{view}" for view in range(stream.views)]
@@ -136,16 +138,25 @@ class Feed:
     def index(self, step: int) -> np.ndarray:
         """`index` of all training rows of a step, for messages."""
         source = self.sources["train"]
-        return source.rows.index[self.windows("train", step, step + 1).rows(step)]
+        return source.rows.index_of(self.windows("train", step, step + 1).rows(step))
 
 
-def batch_plan(run: Run, training: Training, strategies: dict[str, Strategy], rows: Rows) -> Plan:
+def training_rows(
+    accelerator: Any, task: Any, loaded: Any, info: DataInfo, training: Training, augment: Any, seed: int
+) -> Rows | Packed:
+    """What batches of the training split are made of: its rows, or bins of them."""
+    with accelerator.main_process_first():  # the others find what it has preprocessed
+        rows = Rows(info, "train", task, loaded, transforms(augment), seed, train=True)
+    return Packed(rows) if training.packing else rows
+
+
+def batch_plan(run: Run, training: Training, strategies: dict[str, Strategy], rows: Rows | Packed) -> Plan:
     """How training rows become global batches: as `train_sampling_strategy` says, or a strategy's `batches`."""
     source, order = run.info.splits["train"], training.train_sampling_strategy
     custom = next((s.batches for s in strategies.values() if s.batches is not None), None)
     lengths = rows.lengths() if order == "group_by_length" else None
     size, drop_last = global_batch(training, run.world), training.dataloader_drop_last
-    return Plan(len(source), size, training.seed, drop_last, custom, source, order, lengths)
+    return Plan(len(rows), size, training.seed, drop_last, custom, source, order, lengths)
 
 
 def global_batch(training: Training, world: int) -> int:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import datasets
 
     from kt_hf.data import DataInfo
+    from kt_hf.packing import Packed
 
 _MEMORY_LIMIT = 256 * 2**20
 """Bytes of preprocessed images per split up to which they are kept in memory."""
@@ -175,6 +176,10 @@ class Rows(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
+    def index_of(self, positions: Sequence[int] | np.ndarray) -> np.ndarray:
+        """`index` of the rows at these positions."""
+        return self.index[positions]
+
     def lengths(self) -> np.ndarray:
         """Elements of every row in the task's `length_column`.
 
@@ -183,8 +188,8 @@ class Rows(Dataset):
         column = self.task.length_column
         if column is None or not hasattr(self.ready, "select_columns"):
             raise RecipeError(
-                f"training.train_sampling_strategy: rows of {type(self.task).__name__} have no lengths to group by",
-                "use random",
+                f"rows of {type(self.task).__name__} have no lengths to group or pack by",
+                "leave train_sampling_strategy and packing out",
             )
         import pyarrow.compute as pc
 
@@ -311,7 +316,7 @@ class Collate:
         return self.task.collate(rows, self.loaded)
 
 
-def load_batches(rows: Rows, batches: Any, num_workers: int, pin: bool) -> Generator[Batch, None, None]:
+def load_batches(rows: Rows | Packed, batches: Any, num_workers: int, pin: bool) -> Generator[Batch, None, None]:
     """Batches in the order of `batches`. A worker that dies is a `ResourceError`."""
     collate = Collate(rows.task, rows.loaded)
     if not num_workers and not pin:  # what the loader would do, without its 50 us

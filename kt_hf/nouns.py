@@ -153,6 +153,8 @@ class Training(Noun):
     steps and count them. torch_compile, channels_last: compile the model; keep images with channels last.
     profile_steps: write a trace of so many steps to `<stage>/logs/trace.json`. train_sampling_strategy: order of the
     training rows; `group_by_length` makes batches of rows of about the same length, which saves padding.
+    packing: put several short rows into one of the task's max_length tokens, without one seeing another; a row of a
+    batch is then such a bin.
     cache_frozen: compute the outputs of frozen lower layers once and read them from disk in every epoch; `auto`: where
     that is right and pays. cache_frozen_limit: bytes of such outputs, in GB.
     """
@@ -194,6 +196,7 @@ class Training(Noun):
         early_stopping_patience: Positive | None = None,
         report_to: Tracker | list[Tracker] | None = None,
         train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = "random",
+        packing: bool = False,
         dataloader_num_workers: Annotated[int, Field(ge=0, le=1024)] = 0,
         dataloader_drop_last: bool = False,
         cache_frozen: Literal["auto"] | bool = False,

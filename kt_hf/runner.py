@@ -318,7 +318,10 @@ def describe(context: Context) -> str:
         head = f"  {stage.verb} {stage.name}{seeds}: {type(context.task(stage)).__name__} on {info.name} ({sizes})"
         if isinstance(stage, Train):
             steps = trainer.planned_steps(stage.training, len(info.splits["train"]), context.accelerator.num_processes)
-            head += f", {steps} steps of {trainer.global_batch(stage.training, context.accelerator.num_processes)}"
+            most = "at most " if stage.training.packing and stage.training.max_steps <= 0 else ""
+            head += (
+                f", {most}{steps} steps of {trainer.global_batch(stage.training, context.accelerator.num_processes)}"
+            )
             setup = context.setups.get(stage.name)
             stack = setup[0] if setup else stages.build_stack(stage, context.settings)
             head += f", trains {setup[1]:,} of {setup[2]:,} parameters" if setup else ""

@@ -20,6 +20,7 @@ from kt_hf import recipe as grammar
 from kt_hf.bundle import Bundle
 from kt_hf.errors import RecipeError
 from kt_hf.facts import Run
+from kt_hf.feed import training_rows
 from kt_hf.loader import Plan, Rows, Windows, load_batches
 from kt_hf.recipe import Ensemble, Evaluate, Merge, Model, Stage, Train, Training
 from kt_hf.task import Loaded, Scores
@@ -149,7 +150,11 @@ def _train_once(context: Context, stage: Train, seed: int, folder: Path, rate: f
         torch.use_deterministic_algorithms(True)
     randomness.seed_all("load", training.seed)
     loaded = task.load(context.resolve(stage.model, seed), info)
-    steps = trainer.planned_steps(training, len(info.splits["train"]), context.accelerator.num_processes)
+    count = len(info.splits["train"])
+    if training.packing:  # how many bins they make
+        rows = training_rows(context.accelerator, task, loaded, info, training, data.augment, training.seed)
+        count = len(rows)
+    steps = trainer.planned_steps(training, count, context.accelerator.num_processes)
     run = Run(
         context.accelerator,
         training.seed,

@@ -85,6 +85,8 @@ class Task:
     """Whether preprocessed rows are kept on disk (text) or made on the fly (images)."""
     length_column: ClassVar[str | None] = None
     """Column of preprocessed rows whose length differs from row to row, if any: batches may be made by it."""
+    packs: ClassVar[bool] = False
+    """Whether several rows can share one long one: the loss is about tokens, and `forward` heeds `sequence_ids`."""
     random_rows: bool = False
     """Whether training rows are preprocessed anew in every epoch, because `preprocess` draws (a caption out of
     several)."""
@@ -102,6 +104,21 @@ class Task:
     ) -> dict[str, Any]:
         """Columns by role, N rows -> model inputs, N rows each. `augment` is a callable on images or None."""
         raise NotImplementedError
+
+    def row_limit(self, loaded: Loaded) -> int:
+        """The most elements of the `length_column` that a row may have."""
+        raise NotImplementedError
+
+    def pack(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Several preprocessed rows in one: lists one after the other, `sequence_ids` counting the rows from 1."""
+        lists = [key for key in rows[0] if key != "index"]
+        joined: dict[str, Any] = {key: [value for row in rows for value in row[key]] for key in lists}
+        sizes = [len(row[lists[0]]) for row in rows]
+        return {
+            **joined,
+            "sequence_ids": [number for number, size in enumerate(sizes, 1) for _ in range(size)],
+            "index": rows[0]["index"],
+        }
 
     def collate(self, rows: Sequence[dict[str, Any]], loaded: Loaded) -> Batch:
         """Preprocessed rows -> a flat batch, always with `index`."""

@@ -20,7 +20,7 @@ import torch
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import nn
 
-from kt_hf import checkpoint, evaluation, optimizer, randomness, sharding, signals
+from kt_hf import checkpoint, evaluation, optimizer, packing, randomness, sharding, signals
 from kt_hf.bundle import Bundle, Position
 from kt_hf.clock import Clock, Tracer
 from kt_hf.errors import DataError, NonFiniteError, RecipeError
@@ -90,6 +90,8 @@ class Trainer:
         self.feed = Feed(self.run_facts, self.training, self.data, self.strategies, self.stream_info, self.stop_at)
         if self.task.has_loss and all(s.task_weight(0.0) for s in self.strategies.values()):
             self.feed.check_learnable()
+        if isinstance(self.feed.sources["train"].rows, packing.Packed):
+            packing.check(self.bundle.model, self.task, self.feed.sources["train"].rows, self.run_facts.device)
         try:
             self.wrap()
             if self.training.cache_frozen:
@@ -679,6 +681,8 @@ def check_stack(strategies: dict[str, Strategy], training: Training, task: Any, 
             f"{where}: '{owner}' and train_sampling_strategy={training.train_sampling_strategy} both make the batches",
             "use one of them",
         )
+    if training.packing:
+        check_packing(strategies, training, task, where)
     sharding.check_stack(strategies, training, where)
     if training.fp16 and training.bf16:
         raise RecipeError(f"{where}: fp16 and bf16 exclude each other", "choose one of them")
@@ -704,6 +708,23 @@ def check_stack(strategies: dict[str, Strategy], training: Training, task: Any, 
             f"{where}: {type(task).__name__} has no loss and no strategy of {', '.join(strategies)} adds one",
             "add the strategy 'contrastive'",
         )
+
+
+def check_packing(strategies: dict[str, Strategy], training: Training, task: Any, where: str) -> None:
+    """Refuse what would see bins for rows."""
+    reasons = {
+        f"{type(task).__name__} does not pack rows": not task.packs,
+        f"train_sampling_strategy={training.train_sampling_strategy} is about rows, not bins": (
+            training.train_sampling_strategy == "group_by_length"
+        ),
+        "cache_frozen keeps outputs by row": bool(training.cache_frozen),
+    }
+    for name, strategy in strategies.items():
+        reasons[f"'{name}' makes batches of rows"] = strategy.batches is not None
+        reasons[f"the loss of '{name}' is about the rows of a batch"] = strategy.scope == "batch"
+    for reason, holds in reasons.items():
+        if holds:
+            raise RecipeError(f"{where}: training.packing: {reason}", "use one of them in this stage")
 
 
 def check_accelerator(accelerator: Any, training: Training) -> Any:

@@ -25,7 +25,7 @@ from pydantic import Field
 from torch import nn
 from torch.nn import functional as F
 
-from kt_hf import Loaded, Role, Task, loading
+from kt_hf import Loaded, Role, Task, loading, packing
 from kt_hf.errors import DataError, IntegrityError, RecipeError
 from kt_hf.task import Batch, Scores
 
@@ -62,6 +62,7 @@ class TextGeneration(Task):
     )
     unit = "token"
     length_column = "input_ids"
+    packs = True
     metric = "perplexity"
     greater_is_better = False
     lower_metrics = ("loss",)
@@ -158,7 +159,7 @@ class TextGeneration(Task):
         tokenizer, form = loaded.processor, self._form(rows)
         counts: Counter[str] = Counter()
         encoded = {"text": self._texts, "prompt": self._prompts, "messages": self._chats}[form](rows, tokenizer, counts)
-        limit = min(self.max_length, tokenizer.model_max_length)
+        limit = self.row_limit(loaded)
         out: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
         for ids, answer in encoded:
             learn = answer if self.loss_on == "answers" else [True] * len(ids)
@@ -227,9 +228,18 @@ class TextGeneration(Task):
                     "text-generation: %d of %d examples so far %s", tally[key], tally["examples"], text % limit
                 )
 
+    def row_limit(self, loaded: Loaded) -> int:
+        return min(self.max_length, loaded.processor.model_max_length)
+
+    def pack(self, rows: Any) -> dict[str, Any]:
+        """The first token of a row is predicted from nothing, as it is alone."""
+        return super().pack([{**row, "labels": [IGNORED, *row["labels"][1:]]} for row in rows])
+
     def collate(self, rows: Any, loaded: Loaded) -> Batch:
         """Padded on the right, whichever side the tokenizer pads on; by length: padding may be the end token."""
         fill = {"input_ids": loaded.processor.pad_token_id, "attention_mask": 0, "labels": IGNORED}
+        if packing.SEQUENCES in rows[0]:
+            fill[packing.SEQUENCES] = 0
         width = max(len(row["input_ids"]) for row in rows)
         batch: Batch = {"index": torch.tensor([int(row["index"]) for row in rows])}
         for name, value in fill.items():
@@ -242,8 +252,12 @@ class TextGeneration(Task):
         """Positions count real tokens, so that padding on either side changes nothing."""
         inputs = ("input_ids", "attention_mask", "inputs_embeds", "position_ids")
         given = {k: batch[k] for k in inputs if k in batch}
-        inner: Any = type(loading.unwrap(model))
-        accepted = accepted_arguments(inner)
+        inner = loading.unwrap(model)
+        kind: Any = type(inner)
+        accepted = accepted_arguments(kind)
+        if packing.SEQUENCES in batch:
+            apart = packing.arguments(inner, batch[packing.SEQUENCES], causal=True)
+            given |= {key: value for key, value in apart.items() if key in accepted}
         if "position_ids" in accepted and "position_ids" not in given and "attention_mask" in given:
             given["position_ids"] = (given["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
         if "use_cache" in accepted:
