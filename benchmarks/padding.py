@@ -60,6 +60,7 @@ def ready(folder: Path, info: DataInfo, settings: dict[str, Any]) -> Trainer:
     loaded = task.load(Model(config="llama", config_overrides={**shape, "max_position_embeddings": 512}), info)
     run = Run(accelerator, 0, folder, task, loaded, info, training.max_steps, lambda ref: ref, None)
     trainer = Trainer(run, loaded, {"finetune": Finetune()}, training, Data("memory"), None, None)
+    trainer.shards = None
     trainer.prepare_model()
     trainer.feed = Feed(run, training, trainer.data, trainer.strategies, None, training.max_steps)
     trainer.wrap()

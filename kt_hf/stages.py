@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from kt_hf import checkpoint, ensembling, evaluation, merging, randomness, registry, trainer
+from kt_hf import checkpoint, elastic, ensembling, evaluation, merging, randomness, registry, trainer
 from kt_hf import folder as folders
 from kt_hf import recipe as grammar
 from kt_hf.bundle import Bundle
@@ -148,13 +148,16 @@ def _train_once(context: Context, stage: Train, seed: int, folder: Path, rate: f
     training.seed = stage.training.seed + seed
     if training.full_determinism:
         torch.use_deterministic_algorithms(True)
+    stack, world = build_stack(stage, context.settings), context.accelerator.num_processes
+    whole_batch = any(strategy.scope == "batch" for strategy in stack.values())
+    training = elastic.fit(training, world, folder / "checkpoints", whole_batch)
     randomness.seed_all("load", training.seed)
     loaded = task.load(context.resolve(stage.model, seed), info)
     count = len(info.splits["train"])
     if training.packing:  # how many bins they make
         rows = training_rows(context.accelerator, task, loaded, info, training, data.augment, training.seed)
         count = len(rows)
-    steps = trainer.planned_steps(training, count, context.accelerator.num_processes)
+    steps = trainer.planned_steps(training, count, world)
     run = Run(
         context.accelerator,
         training.seed,
@@ -166,7 +169,6 @@ def _train_once(context: Context, stage: Train, seed: int, folder: Path, rate: f
         lambda ref: context.resolve(ref, seed),
         trainer.half(training),
     )
-    stack = build_stack(stage, context.settings)
 
     def stream_info(name: str) -> Any:
         return context.named_info(name, context.recipe.data[name], task)

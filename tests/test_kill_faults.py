@@ -211,13 +211,13 @@ def test_changed_data_are_refused(
 def test_another_number_of_processes_is_refused_with_the_numbers_or_continues(
     parent: Parent, place: Place, whole: Place
 ) -> None:
-    """Two ranks with the same global batch give the same up to the order of sums."""
-    codes, said = start(parent, place, ranks=2)
+    """Three cannot share steps of four rows. Two do, without a word in the recipe, up to the order of sums."""
+    codes, said = start(parent, place, ranks=3)
     assert 0 not in codes and 2 in codes, said
-    assert "a step took 4 rows, now it is 8 (2 processes)" in said and "= 4" in said
-    fewer = ["training.per_device_train_batch_size=1", "--allow-changed", "training.per_device_train_batch_size"]
-    codes, said = start(parent, place, *fewer, ranks=2)
+    assert "begun on 1 process with steps of 4 rows, which 3 cannot share" in said and "divide them: 1, 2, 4" in said
+    codes, said = start(parent, place, ranks=2)
     assert codes == [0, 0] and kill_harness.resumed_at(said) == "6", said
+    assert "per_device_train_batch_size=2 and gradient_accumulation_steps=1 keep its steps of 4 rows" in said
     mine, theirs = (json.loads((p.out / "main" / "stage.json").read_text())["curve"] for p in (place, whole))
     assert [point["learning_rate"] for point in mine] == [point["learning_rate"] for point in theirs]
     assert mine[0] == theirs[0]  # before the change

@@ -16,8 +16,9 @@ import pytest
 import torch
 from helpers import identical, make_trainer, weights
 
-from kt_hf import Strategy, checkpoint
+from kt_hf import Strategy, checkpoint, elastic
 from kt_hf.errors import IntegrityError, RecipeError, ResourceError
+from kt_hf.recipe import Training
 from kt_hf.trainer import Trainer
 
 HERE = Path(__file__).parent
@@ -337,3 +338,18 @@ def test_other_strategies_cannot_take_over_a_checkpoint(teachers, tmp_path):
     stopped(tmp_path, "image", "finetune", teachers["image"], 8)
     with pytest.raises(IntegrityError, match=r"lacks .*ema"):
         trainer(tmp_path, "image", "finetune+ema", teachers["image"]).run()
+
+
+def test_another_number_of_processes_shares_the_same_batches(teachers, tmp_path):
+    stopped(tmp_path, "image", "finetune", teachers["image"], 8)
+    found = next(tmp_path.rglob("checkpoints"))
+    given = Training(per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    assert elastic.fit(given, 1, found) is given and elastic.fit(given, 3, tmp_path / "nothing") is given
+    two, four = (elastic.fit(given, world, found) for world in (2, 4))
+    assert (two.per_device_train_batch_size, two.gradient_accumulation_steps) == (2, 1)
+    assert (four.per_device_train_batch_size, four.gradient_accumulation_steps) == (1, 1)
+    small = Training(per_device_train_batch_size=1)
+    assert elastic.fit(small, 2, found).gradient_accumulation_steps == 2, "no more at a time than the recipe says"
+    assert elastic.fit(small, 2, found, whole_batch=True).per_device_train_batch_size == 2
+    with pytest.raises(RecipeError, match=r"which 3 cannot share equally\n.*1, 2, 4$"):
+        elastic.fit(given, 3, found)
