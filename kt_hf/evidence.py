@@ -45,7 +45,8 @@ class SeedEvidence:
     weights_N or None). statistics: per metric that is none, a function of example weights_N. references_N,
     predictions_N: class numbers, negative for unknown. curve: points {step, loss, learning_rate, terms}. evaluations:
     points {step, metric: value} on validation data. cost: the keys of `COSTS`, and `phases`.
-    trials: {learning_rate, metric, validation, seconds, chosen}.
+    trials: {learning_rate, metric, validation, seconds, chosen}. range_test: {learning_rate, rates, losses, smoothed,
+    seconds} of a learning rate that was found by a test.
     """
 
     seed: int
@@ -61,6 +62,7 @@ class SeedEvidence:
     lineage: Mapping[str, Any] = field(default_factory=dict)
     trials: Sequence[Mapping[str, Any]] = ()
     summary: Mapping[str, Any] = field(default_factory=dict)
+    range_test: Mapping[str, Any] | None = None
 
 
 @dataclass
@@ -229,6 +231,7 @@ def _stage(
         "settings": dict(stage.settings),
         "summary": dict(stage.seeds[0].summary),
         "trials": [list(s.trials) for s in stage.seeds],
+        "range_test": stage.seeds[0].range_test,
         "curves": [{"seed": s.seed, "training": list(s.curve), "evaluation": list(s.evaluations)} for s in stage.seeds],
     }
     entry["baselines"] = {
@@ -290,6 +293,7 @@ def _cost(seeds: Sequence[SeedEvidence]) -> dict[str, Any]:
     }
     # Other seeds take over seed 0's choice, and the chosen trial is the run itself.
     vain = float(sum(t.get("seconds") or 0.0 for t in seeds[0].trials if not t.get("chosen")))
+    vain += float((seeds[0].range_test or {}).get("seconds", 0.0))
     shares: list[Mapping[str, float]] = [s.cost.get("phases") or {} for s in seeds]  # type: ignore[misc]
     phases = {name: float(np.mean([share.get(name, 0.0) for share in shares])) for name in shares[0]}
     return {**means, "trials_seconds": vain, "phases": phases, "per_seed": per_seed}

@@ -89,15 +89,18 @@ class Feed:
             self.sources[stream].plan, start, stop, run.world, run.rank, self.training.gradient_accumulation_steps
         )
 
-    def steps(self, start: int) -> Generator[tuple[list[dict[str, Batch]], list[Sizes]], None, None]:
+    def steps(
+        self, start: int, stop: int | None = None
+    ) -> Generator[tuple[list[dict[str, Batch]], list[Sizes]], None, None]:
         """For every step its window: the micro-batches by stream, and how many of their rows count."""
+        stop = self.stop if stop is None else stop
         pin = self.run.device.type == "cuda"
         workers, micro_batches = self.training.dataloader_num_workers, self.training.gradient_accumulation_steps
-        windows = {name: self.windows(name, start, self.stop) for name in self.sources}
+        windows = {name: self.windows(name, start, stop) for name in self.sources}
         loaders = {name: load_batches(s.rows, windows[name], workers, pin) for name, s in self.sources.items()}
         sizes = {name: w.sizes() for name, w in windows.items()}
         try:
-            for _ in range(start, self.stop):
+            for _ in range(start, stop):
                 now = {name: next(s) for name, s in sizes.items()}
                 window = [{name: next(loader) for name, loader in loaders.items()} for _ in range(micro_batches)]
                 yield window, [{name: now[name][i] for name in now} for i in range(micro_batches)]

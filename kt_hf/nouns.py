@@ -145,7 +145,8 @@ class Model(Noun):
 class Training(Noun):
     """Settings of the training loop, with the names and meanings of transformers' `TrainingArguments`.
 
-    learning_rate: one, or a list from which the best on validation data is taken (tried with the stage's first seed).
+    learning_rate: one, or a list from which the best on validation data is taken (tried with the stage's first seed),
+    or `auto`: a range test of at most 100 steps on the training data, undone afterwards, with the stage's first seed.
     eval_steps, save_steps: every so many optimizer steps; a value below 1 is a fraction of the run, 0 is never.
     Without a value, evaluation is after every epoch but at most ten times, and nothing is saved before the end.
     metric_for_best_model: with load_best_model_at_end or early_stopping_patience; the task's first metric by default.
@@ -162,7 +163,7 @@ class Training(Noun):
     def __init__(
         self,
         *,
-        learning_rate: Rate | list[Rate] = 5e-5,
+        learning_rate: Literal["auto"] | Rate | list[Rate] = 5e-5,
         num_train_epochs: Annotated[float, Field(gt=0, le=1e6)] = 3.0,
         max_steps: Annotated[int, Field(ge=-1, le=10**9)] = -1,
         per_device_train_batch_size: Annotated[int, Field(gt=0, le=10**6)] = 8,

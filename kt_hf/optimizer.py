@@ -44,8 +44,11 @@ def schedule(training: Training, planned_steps: int) -> Callable[[int], float]:
 
 
 def base_rate(training: Training) -> float:
-    """The learning rate before schedule and scales; the first of several that are to be tried."""
+    """The learning rate before schedule and scales; the first of several that are to be tried; 1 where a test is still
+    to find it."""
     rate = training.learning_rate
+    if rate == "auto":
+        return 1.0
     return rate[0] if isinstance(rate, list) else rate
 
 

@@ -305,6 +305,29 @@ def curves(found: Sequence[Curve], x_label: str, y_label: str) -> str:
     return svg(width, height, parts, f"{y_label} over {x_label}")
 
 
+def range_test(rates: Sequence[float], losses: Sequence[float], smoothed: Sequence[float], chosen: float) -> str:
+    """A learning-rate range test: losses faint, their smoothed curve bold, the chosen rate marked. Losses that are far
+    above the first ones are drawn at the upper edge."""
+    if not rates:
+        return ""
+    width, height = 570.0, 320.0
+    low = min(*losses, *smoothed)
+    high = min(max(*losses, *smoothed), smoothed[0] + 0.75 * (smoothed[0] - low) or low + 1)
+    x = Axis(min(*rates, chosen), max(*rates, chosen), 58, width - 14, log=True)
+    y = Axis(*span([low, max([high, *losses[:3]])]), height - 48, 10)
+    parts = frame(x, y, "learning rate (logarithmic)", "training loss")
+    for values, faint in ((losses, True), (smoothed, False)):
+        places = [(x(a), y(min(b, y.high))) for a, b in zip(rates, values, strict=True)]
+        joined = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
+        parts.append(
+            titled("smoothed" if not faint else "each step", f'<polyline points="{joined}" {_look(0, faint)}/>')
+        )
+    shown, side = f"chosen: {chosen:.2e}", "start" if x(chosen) < width / 2 else "end"
+    mark = line(x(chosen), y.start, x(chosen), y.end, "error c1")
+    label = text(x(chosen) + (6 if side == "start" else -6), y.end + 12, shown, side, "halo label c1")
+    return svg(width, height, [*parts, titled(shown, mark), label], "Loss over learning rate")
+
+
 def legend(names: Sequence[tuple[str, int]]) -> str:
     """Names beside their line, as HTML."""
     items = []

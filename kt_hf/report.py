@@ -421,7 +421,12 @@ def _details(stage: Stage) -> str:
     parts += [f"<div><h4>Metrics</h4>{_metrics_table(stage)}</div>", f"<div><h4>Cost</h4>{_cost_table(stage)}</div>"]
     if trials := _trials_table(stage):
         parts.append(f"<div><h4>Learning rates tried</h4>{trials}</div>")
-    parts += ["</div>", "<h4>Where it comes from</h4>", _pairs(facts)]
+    parts.append("</div>")
+    if test := stage.get("range_test"):
+        drawn = plots.range_test(*(test[k] for k in ("rates", "losses", "smoothed", "learning_rate")))
+        told = f"{len(test['rates'])} steps in {_duration(test['seconds'])}, undone before the training began."
+        parts += ["<h4>Range test of the learning rate</h4>", f'<p class="soft">{escape(told)}</p>', drawn]
+    parts += ["<h4>Where it comes from</h4>", _pairs(facts)]
     found = f"{stage['kind']}, {stage['metric']} {_shown(_main(stage))}"
     head = f"<b>{escape(stage['name'])}</b> <span class=soft>{escape(found)}</span>"
     return f"<details><summary>{head}</summary><div>{''.join(parts)}</div></details>"

@@ -128,6 +128,7 @@ def _seed_evidence(context: Context, stage: Stage, facts: dict[str, Any], labels
         "evaluations": facts["evaluations"],
         "cost": facts["cost"],
         "trials": facts["trials"],
+        "range_test": facts.get("range_test"),
     }
     return _evidence(
         scores, found, facts, labels, seed=facts["seed"], lineage=facts["lineage"], summary=facts["summary"], **extra

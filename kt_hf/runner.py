@@ -18,8 +18,8 @@ from accelerate.utils import DistributedDataParallelKwargs
 
 from kt_hf import data as data_module
 from kt_hf import folder as folders
+from kt_hf import range_test, registry, sharding, skeleton, stages, trainer
 from kt_hf import recipe as grammar
-from kt_hf import registry, sharding, skeleton, stages, trainer
 from kt_hf.errors import Collector, RecipeError
 from kt_hf.recipe import Data, Ensemble, Evaluate, Merge, Model, Recipe, Stage, Train
 from kt_hf.roles import fitting_tasks
@@ -265,6 +265,8 @@ def plan(context: Context, collect: Collector) -> None:
                     raise RecipeError(
                         f"stages.{stage.name}: choosing a learning rate needs validation data", "give one learning rate"
                     )
+                if stage.training.learning_rate == "auto":
+                    range_test.num_steps(_steps(context, stage))
                 context.setups[stage.name] = skeleton.plan_setup(context, stage)
             if isinstance(stage, Evaluate) and stage.model is not None and stage.model.path is None:
                 raise RecipeError(
@@ -306,6 +308,11 @@ def _settle_task(context: Context, stage: Stage) -> Any:
     return fitting[0][1]
 
 
+def _steps(context: Context, stage: Train) -> int:
+    count = len(context.info(stage).splits["train"])
+    return trainer.planned_steps(stage.training, count, context.accelerator.num_processes)
+
+
 def describe(context: Context) -> str:
     """The plan in words."""
     lines = [
@@ -317,7 +324,7 @@ def describe(context: Context) -> str:
         sizes = ", ".join(f"{len(rows)} {split}" for split, rows in info.splits.items())
         head = f"  {stage.verb} {stage.name}{seeds}: {type(context.task(stage)).__name__} on {info.name} ({sizes})"
         if isinstance(stage, Train):
-            steps = trainer.planned_steps(stage.training, len(info.splits["train"]), context.accelerator.num_processes)
+            steps = _steps(context, stage)
             most = "at most " if stage.training.packing and stage.training.max_steps <= 0 else ""
             head += (
                 f", {most}{steps} steps of {trainer.global_batch(stage.training, context.accelerator.num_processes)}"
@@ -326,6 +333,8 @@ def describe(context: Context) -> str:
             stack = setup[0] if setup else stages.build_stack(stage, context.settings)
             head += f", trains {setup[1]:,} of {setup[2]:,} parameters" if setup else ""
             head += "".join(f"\n    {name}: {strategy.describe()}" for name, strategy in stack.items())
+            if stage.training.learning_rate == "auto":
+                head += f"\n    {range_test.describe(stage.training, steps)}"
             if isinstance(stage.training.learning_rate, list):
                 head += f"\n    learning rate: the best of {stage.training.learning_rate} on validation data"
         elif isinstance(stage, (Merge, Ensemble)):

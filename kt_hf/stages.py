@@ -102,6 +102,8 @@ def _train(context: Context, stage: Train, seed: int, folder: Path) -> dict[str,
     trials: list[dict[str, Any]] = []
     result = None
     zero_shot = _measure_start(context, stage, folder) if seed == 0 and "zero_shot" in (stage.compare or []) else None
+    if rates == "auto" and seed > 0:  # as with a list
+        rates = folders.finished(folders.stage_folder(context.root, stage.name, 0))["learning_rate"]  # type: ignore[index]
     if isinstance(rates, list) and len(rates) > 1:
         trials, result = _choose_rate(context, stage, seed, folder, rates)
         rates = max(trials, key=lambda t: t["chosen"])["learning_rate"]
@@ -118,7 +120,8 @@ def _train(context: Context, stage: Train, seed: int, folder: Path) -> dict[str,
         curve=result.curve,
         evaluations=result.evaluations,
         trials=trials,
-        learning_rate=rate,
+        learning_rate=result.range_test["learning_rate"] if result.range_test else rate,
+        range_test=result.range_test,
         best_step=result.best_step,
     )
     facts["lineage"] = _train_lineage(context, stage, loaded, result.revisions)
@@ -140,7 +143,7 @@ def _measure_start(context: Context, stage: Train, folder: Path) -> str | None:
     return None
 
 
-def _train_once(context: Context, stage: Train, seed: int, folder: Path, rate: float) -> trainer.Result:
+def _train_once(context: Context, stage: Train, seed: int, folder: Path, rate: float | str) -> trainer.Result:
     task, info, data = context.task(stage), context.info(stage), stage.data[1]  # type: ignore[index]
     training = Training(
         **{**{k: getattr(stage.training, k) for k in grammar.settings.parameters(Training)}, "learning_rate": rate}

@@ -20,7 +20,7 @@ import torch
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import nn
 
-from kt_hf import checkpoint, evaluation, optimizer, packing, randomness, sharding, signals
+from kt_hf import checkpoint, evaluation, optimizer, packing, randomness, range_test, sharding, signals
 from kt_hf.bundle import Bundle, Position
 from kt_hf.clock import Clock, Tracer
 from kt_hf.errors import DataError, NonFiniteError, RecipeError
@@ -42,7 +42,7 @@ class Result:
     """What a training leaves: the exported model, its curves and its cost.
 
     curve: one point per log (step, loss, learning_rate, terms). evaluations: one point per evaluation. revisions:
-    commits of the frozen models, by the reference that the recipe gives.
+    commits of the frozen models, by the reference that the recipe gives. range_test: what `learning_rate: auto` found.
     """
 
     loaded: Loaded
@@ -51,6 +51,7 @@ class Result:
     cost: dict[str, Any] = field(default_factory=dict)
     best_step: int | None = None
     revisions: dict[str, str] = field(default_factory=dict)
+    range_test: dict[str, Any] | None = None
 
 
 class Trainer:
@@ -78,6 +79,7 @@ class Trainer:
         self.log_since = 0
         self.saved = 0
         self.told = TellTale(run)
+        self.range_test: dict[str, Any] | None = None
         self.wrapped: Any = None
         self.sharded: sharding.Sharded | None = None
 
@@ -94,6 +96,8 @@ class Trainer:
             packing.check(self.bundle.model, self.task, self.feed.sources["train"].rows, self.run_facts.device)
         try:
             self.wrap()
+            if self.training.learning_rate == "auto":
+                self.range_test = range_test.settle(self)
             if self.training.cache_frozen:
                 from kt_hf import prefix  # its files lie where the data library keeps its own
 
@@ -139,6 +143,12 @@ class Trainer:
         self.bundle = Bundle(
             self.loaded, self.task, self.strategies, t.label_smoothing_factor, t.forward_chunk_size, half(t)
         ).to(run.device)
+        self.backward_hook = next((s.backward for s in self.strategies.values() if s.backward is not None), None)
+        self.begin()
+
+    def begin(self) -> None:
+        """What counts from the first step on, with the learning rate that is known by now."""
+        t, run = self.training, self.run_facts
         self.base_rate = optimizer.base_rate(t)
         self.factor_at = optimizer.schedule(t, run.planned_steps)
         self.build_optimizer()
@@ -146,7 +156,6 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(run.device.type) if t.fp16 else None
         self.clock = Clock(run.device)
         self.buffers_before = self.kept_buffers()
-        self.backward_hook = next((s.backward for s in self.strategies.values() if s.backward is not None), None)
 
     def build_optimizer(self) -> None:
         """Over what is trainable now; sharding puts other parameters in the place of these."""
@@ -616,7 +625,7 @@ class Trainer:
         skipped = cost["skipped_steps"] = int(self.notes.skipped)
         if skipped:
             logger.warning("%s: %d steps were not finite and were skipped", title(self.run_facts.folder), skipped)
-        return Result(self.loaded, self.curve, self.evaluations, cost, self.best["step"], revisions)
+        return Result(self.loaded, self.curve, self.evaluations, cost, self.best["step"], revisions, self.range_test)
 
 
 class TellTale:

@@ -87,7 +87,7 @@ class Stop(Strategy):
             raise InterruptedError
 
 
-def build(name: str, folder: Path, teacher: str, factor: int, extra: dict[str, Strategy]) -> Trainer:
+def build(name: str, folder: Path, teacher: str, factor: int, extra: dict[str, Any]) -> Trainer:
     """`factor`: how many processes this one stands for; it takes a batch so many times larger."""
     settings: dict[str, Any] = {**ADAMW, "per_device_train_batch_size": 4 * factor}
     image: dict[str, Any] = {"kind": "image", "info": helpers.image_info(27), "task": helpers.ImageClassification()}
@@ -113,12 +113,15 @@ def build(name: str, folder: Path, teacher: str, factor: int, extra: dict[str, S
     if name == "early":
         settings.update(eval_steps=1, early_stopping_patience=3, load_best_model_at_end=True, learning_rate=2e-2)
         return make_trainer(folder, strategies={"ema": {"decay": 0.5}, **extra}, **image, **settings)
+    if name == "auto":
+        settings.update(per_device_train_batch_size=12 * factor, learning_rate=extra.pop("rate", "auto"), max_steps=30)
+        return make_trainer(folder, strategies={"ema": {"decay": 0.5}, **extra}, **image, **settings)
     assert name == "resume", name
     settings.update(save_steps=5, logging_steps=7)
     return make_trainer(folder, strategies={**helpers.stack("distill+ema", teacher), **extra}, **image, **settings)
 
 
-CASES = (*helpers.CASES, "text", "contrastive", "empty", "unused", "batchwise", "early", "resume")
+CASES = (*helpers.CASES, "text", "contrastive", "empty", "unused", "batchwise", "early", "auto", "resume")
 
 
 def run(name: str, folder: Path, teacher: str, factor: int = 1) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -138,6 +141,10 @@ def run(name: str, folder: Path, teacher: str, factor: int = 1) -> tuple[dict[st
         "best": result.best_step,
         "indices": list(indices.seen.values()),
     }
+    if name == "auto":
+        facts["rate"] = result.range_test["learning_rate"]  # type: ignore[index]
+        typed = build(name, folder / "typed", teacher, factor, {"rate": facts["rate"], "indices": Indices()}).run()
+        facts["equals_typed"] = helpers.identical(weights(result), weights(typed)) and result.curve == typed.curve
     if name == "finetune":
         bundle = trainer.bundle
         found = evaluation.predict(bundle, bundle, trainer.accelerator, trainer.info, "validation", 4)

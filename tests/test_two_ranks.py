@@ -87,6 +87,11 @@ def test_two_ranks_equal_one_with_the_doubled_batch(name, two, teacher, tmp_path
     compare(two, name, teacher, tmp_path)
 
 
+def test_ranks_take_the_rate_that_one_process_finds(two, teacher, tmp_path):
+    alone = rank_cases.run("auto", tmp_path, teacher, factor=2)[1]
+    assert all(facts["rate"] == alone["rate"] and facts["equals_typed"] for facts in read(two, "auto")[1])
+
+
 def test_contrastive_sees_the_rows_of_all_ranks(two, teacher, tmp_path):
     pytest.importorskip("kt_hf_plugins.contrastive")
     compare(two, "contrastive", teacher, tmp_path)
