@@ -33,12 +33,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FILE = "range_test.json"
-FEWEST, USUAL, MOST = 20, 30, 100
+FEWEST, USUAL, MOST = 20, 50, 100
 """Steps: a tenth of the planned ones, but not fewer than usual nor more than most; trainings shorter than the fewest
 are refused."""
 _RANGES = {"sgd": (1e-4, 10.0)}
 _RANGE = 1e-6, 1.0
-_REMEDY = "give learning_rate a number (5e-5 is usual for pretrained transformers), or a list to choose from"
+_REMEDY = (
+    "give learning_rate a number (5e-5 is usual for pretrained transformers) or a list to choose from, or take larger "
+    "batches"
+)
 
 
 def num_steps(planned: int) -> int:

@@ -89,7 +89,7 @@ def test_the_training_equals_one_with_the_rate_typed_in(case, tmp_path):
     assert auto.curve == typed.curve
     saved = [tmp_path / n / "checkpoints" / "step-000030" / "state.safetensors" for n in ("auto", "typed")]
     assert saved[0].read_bytes() == saved[1].read_bytes(), "the optimizer's and the strategies' state, too"
-    assert len(auto.range_test["losses"]) <= 30 and 1e-6 < rate < 10
+    assert len(auto.range_test["losses"]) <= 40 and 1e-6 < rate < 10
 
 
 def test_a_test_that_was_made_is_not_repeated_and_one_that_was_killed_is(tmp_path, monkeypatch):
@@ -123,7 +123,7 @@ def test_a_loss_that_never_falls_is_refused(tmp_path):
             return values * 0.0 + 1.0, weights_, unit
 
     trainer = make_trainer(tmp_path, task=Still(), info=helpers.image_info(), **SETTINGS)
-    with pytest.raises(RecipeError, match="the loss never fell in 30 steps") as caught:
+    with pytest.raises(RecipeError, match="the loss never fell in 40 steps") as caught:
         trainer.run()
     assert "a number" in caught.value.remedy
     start = helpers.initial()
@@ -144,4 +144,4 @@ def test_losses_that_are_not_finite_end_the_test(tmp_path):
     trainer = make_trainer(tmp_path, task=Burst(), info=helpers.image_info(), **SETTINGS)
     trainer.run()
     assert all(math.isfinite(v) for v in trainer.range_test["losses"])
-    assert len(trainer.range_test["losses"]) < 30
+    assert len(trainer.range_test["losses"]) < 40

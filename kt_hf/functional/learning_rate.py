@@ -61,7 +61,7 @@ def best_rate(rates_N: Sequence[float], losses_N: Sequence[float], planned: int)
     smoothed_N = kernel_NN @ values_N
     lowest = int(smoothed_N.argmin())
     highest = int(smoothed_N[: lowest + 1].argmax())
-    noise = math.sqrt(float(np.median(np.diff(values_N) ** 2)) / 2 / _CHI2_MEDIAN)
+    noise = math.sqrt(float(np.median(np.diff(values_N[: lowest + 2]) ** 2)) / 2 / _CHI2_MEDIAN)
     error = noise * math.sqrt(float((kernel_NN[lowest] ** 2).sum() + (kernel_NN[highest] ** 2).sum()))
     fall = smoothed_N[highest] - smoothed_N[lowest]
     if not fall > max(_NOISES * error, 1e-6 * abs(smoothed_N[highest])):
