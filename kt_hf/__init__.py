@@ -4,9 +4,12 @@ Importing this package is cheap: names are resolved when they are used.
 """
 
 import importlib
+import time
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+BEGAN = time.time()
+"""Code that was written later may not be the code that runs here."""
 
 _HOMES = {
     "Recipe": "recipe",

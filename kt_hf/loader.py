@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import inspect
 import json
 import sys
-import uuid
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,7 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from kt_hf import randomness
+from kt_hf import randomness, sources
 from kt_hf.errors import DataError, RecipeError, ResourceError, nearest
 from kt_hf.task import Batch, Loaded, Task
 
@@ -32,7 +30,6 @@ if TYPE_CHECKING:
 _MEMORY_LIMIT = 256 * 2**20
 """Bytes of preprocessed images per split up to which they are kept in memory."""
 _prepared: dict[str, Any] = {}
-_NO_SOURCE = uuid.uuid4().hex
 
 
 @dataclass(frozen=True)
@@ -266,19 +263,22 @@ def _in_memory(source: datasets.Dataset, task: Task, loaded: Loaded, train: bool
 def preprocessing_key(info: DataInfo, split: str, task: Task, loaded: Loaded, train: bool) -> str:
     """What preprocessed rows depend on: the rows, the task's code and settings, the processor and the order of
     labels."""
-    code = [_source(cls) for cls in type(task).__mro__ if cls.__module__ not in ("builtins", "typing")]
+    modules = {cls.__module__ for cls in type(task).__mro__} - {"builtins", "typing"}
     signature = json.dumps([task.signature(loaded), vars(task), loaded.label_ids], default=str, sort_keys=True)
     holder = sys.modules[type(info.splits[split]).__module__.partition(".")[0]]  # `datasets`, but in benchmarks
-    parts = repr((info.fingerprint, split, train, code, signature, getattr(holder, "__version__", "")))
+    version = getattr(holder, "__version__", "")
+    code = sources.digest(modules)
+    parts = repr((info.fingerprint, split, train, code, signature, _tokenizer_state(loaded.processor), version))
     return hashlib.sha256(parts.encode()).hexdigest()[:32]
 
 
-def _source(cls: type) -> str:
-    """The module's code; where it has no file (a notebook), a word of this process, so that nothing is reused later."""
-    try:
-        return inspect.getsource(sys.modules[cls.__module__])
-    except (OSError, TypeError, KeyError):
-        return _NO_SOURCE
+def _tokenizer_state(processor: Any) -> str:
+    """All that a fast tokenizer does, not its vocabulary alone; but for the cut and padding of its last call."""
+    backend = getattr(processor, "backend_tokenizer", None)
+    if backend is None:
+        return ""
+    state = json.loads(backend.to_str())
+    return hashlib.sha256(json.dumps({**state, "truncation": None, "padding": None}).encode()).hexdigest()
 
 
 def transforms(spec: Sequence[Any] | None) -> Any:
