@@ -22,7 +22,7 @@ from ratios import paired, report
 
 CHILD = """
 import sys, time
-import datasets, numpy as np
+import datasets
 from kt_hf.data import DataInfo
 from kt_hf.loader import Rows
 from kt_hf.recipe import Model

@@ -106,8 +106,8 @@ def _imports(node: ast.AST) -> Iterator[tuple[int, str, str]]:
     elif isinstance(node, ast.ImportFrom):
         yield from ((node.level, node.module or "", alias.name) for alias in node.names)
     elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-        for child in node.orelse:  # what is imported for type checkers does nothing
-            yield from _imports(child)
+        for branch in node.orelse:  # what is imported for type checkers does nothing
+            yield from _imports(branch)
     else:
         for child in ast.iter_child_nodes(node):
             if not isinstance(child, ast.expr):
@@ -115,7 +115,7 @@ def _imports(node: ast.AST) -> Iterator[tuple[int, str, str]]:
 
 
 def _names(package: str, level: int, base: str, word: str) -> Iterator[str]:
-    """The modules that an import may name: all packages on the way, and for `from a import b` a.b, or where b is from."""
+    """The modules that an import may name: all packages on the way; for `from a import b` a.b, or where b is from."""
     if level:
         parents = package.split(".")
         base = ".".join([*parents[: len(parents) - level + 1], *([base] if base else [])])
