@@ -20,6 +20,7 @@ from kt_hf.task import Batch, Loaded, Scores
 
 if TYPE_CHECKING:
     from kt_hf.data import DataInfo
+    from kt_hf.inference import Predictor
 
 
 def columns(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -90,6 +91,13 @@ class Classification:
         known = predictions["label"] >= 0 if "label" in predictions else np.zeros(len(scores), dtype=bool)
         truth = [str(names[y]) if ok else None for y, ok in zip(predictions.get("label", known), known, strict=True)]
         return {"label": truth, "prediction": [str(n) for n in names[scores.argmax(1)]], "scores": list(scores)}
+
+    def answer(self, predictor: Predictor, info: DataInfo, max_new_tokens: int) -> dict[str, list[Any]]:
+        """The most probable class and its probability."""
+        chances_NC = torch.from_numpy(predictor.scores(info, "test")["scores"]).double().softmax(-1).numpy()
+        names = predictor.members[0].labels or []
+        best_N = chances_NC.argmax(1)
+        return {"prediction": [names[i] for i in best_N], "probability": [float(p) for p in chances_NC.max(1)]}
 
     def majority(
         self, train: dict[str, Any], predictions: dict[str, np.ndarray], loaded: Loaded, info: DataInfo

@@ -16,6 +16,24 @@ class ImageClassification(classification.Classification, Task):
     metrics: accuracy, macro_f1, matthews_correlation, or the name of one on the Hub; the first decides.
     """
 
+    auto_class = "AutoModelForImageClassification"
+    classes_from = "model"
+    conformance = {
+        "model": {
+            "config": "vit",
+            "config_overrides": {
+                "hidden_size": 16,
+                "intermediate_size": 24,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "initializer_range": 0.2,
+                "image_size": 8,
+                "patch_size": 4,
+                "hidden_dropout_prob": 0.0,
+                "attention_probs_dropout_prob": 0.0,
+            },
+        }
+    }
     roles = (
         Role("image", ("image",), aliases=("img", "pixel_values")),
         Role("label", ("class",), aliases=("labels", "target", "category")),

@@ -17,6 +17,24 @@ class TextClassification(classification.Classification, Task):
     of one on the Hub; the first decides.
     """
 
+    auto_class = "AutoModelForSequenceClassification"
+    adapter_type = "SEQ_CLS"
+    classes_from = "model"
+    conformance = {
+        "model": {
+            "config": "bert",
+            "config_overrides": {
+                "hidden_size": 16,
+                "intermediate_size": 24,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "initializer_range": 0.2,
+                "max_position_embeddings": 32,
+                "hidden_dropout_prob": 0.0,
+                "attention_probs_dropout_prob": 0.0,
+            },
+        }
+    }
     length_column = "input_ids"
     roles = (
         Role("text", ("string",), aliases=("sentence", "sentence1", "premise", "question", "content", "review")),
