@@ -263,6 +263,7 @@ def evaluate(model: str, data: str, settings: Sequence[str] = (), *, task: str |
         name = fitting[0][0]
     settled: Task = stages.build("task", stage.task or {name: {}}, stage, checked)
     info = prepare(stage.data[0], stage.data[1], settled)
+    settled.settle(info)
     predictor = load(model, settled, info)
     split = info.evaluation_split
     found = predictor.scores(info, split)

@@ -252,6 +252,7 @@ def plan(context: Context, collect: Collector) -> None:
                     f"stages.{stage.name}: no data to measure the result on", "give the recipe or the stage data"
                 )
             info = context.info(stage)
+            context.task(stage).settle(info)
             if isinstance(stage, Train):
                 if "train" not in info.splits:
                     raise RecipeError(

@@ -129,6 +129,10 @@ class Task:
         """Whether rows with these roles (role -> column) are this task's, for a recipe without `task`."""
         return False
 
+    def settle(self, info: DataInfo) -> None:
+        """What follows from the data: the deciding metric, the kind of labels. Called once they are read; the same
+        again for the same data."""
+
     def load(self, ref: Model, info: DataInfo) -> Loaded:
         """Load or build the model and its processor, with labels mapped by name."""
         raise RecipeError(f"{type(self).__name__} cannot load models", "choose another task")

@@ -74,7 +74,9 @@ class TextGeneration(Task):
         Role("completion", ("string",), required=False, aliases=("response",)),
         Role("text", ("string",), required=False, aliases=("content", "document", "sentence")),
         # Never read: `fits` leaves rows with a class or an image to the tasks that are about these.
-        Role("label", ("class",), required=False, aliases=("labels", "target", "category")),
+        Role(
+            "label", ("class", "classes", "number"), required=False, aliases=("labels", "target", "category", "score")
+        ),
         Role("image", ("image",), required=False, aliases=("img", "pixel_values")),
     )
     unit = "token"

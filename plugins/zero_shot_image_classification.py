@@ -90,7 +90,7 @@ class ZeroShotImageClassification(classification.Classification, Task):
     def load(self, ref: Any, info: Any) -> Loaded:
         from kt_hf import dual_encoder, open_clip_models
 
-        self._settle(info)
+        self.settle(info)
         if ref.image is not None:
             loaded = dual_encoder.load_towers(ref, self._texts(info))
         elif open_clip_models.names_open_clip(ref):
@@ -101,7 +101,7 @@ class ZeroShotImageClassification(classification.Classification, Task):
         loaded.label_ids = None if info.labels is None else list(range(len(info.labels)))
         return loaded
 
-    def _settle(self, info: Any) -> None:
+    def settle(self, info: Any) -> None:
         """What depends on the data: the deciding metric, and whether training rows are drawn."""
         if "text" not in info.roles and info.labels is None:
             raise DataError(
