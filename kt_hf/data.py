@@ -31,6 +31,8 @@ __all__ = ["SPLITS", "DataInfo", "find_roles", "kinds", "prepare", "read"]
 logger = logging.getLogger(__name__)
 
 _TEXT_ROLES = ("text", "prompt", "completion", "messages")
+_FILES = (datasets.Image, datasets.Audio)
+"""Columns of encoded files."""
 _HEAD = 65536
 """Bytes of an image file that is not embedded in the data set by which copies are recognised, with its size."""
 
@@ -217,6 +219,9 @@ def _rename(rows: datasets.Dataset, roles: dict[str, str], split: str) -> datase
     rows = rows.select_columns(list(present.values()))
     moves = {column: role for role, column in present.items() if column != role}
     aside = {column: f"{column}__" for column in moves if column in moves.values()}
+    for column in present.values():
+        if isinstance(rows.features[column], datasets.Audio):  # decoded by the tasks, with what they have for it
+            rows = rows.cast_column(column, datasets.Audio(decode=False))
     return rows.rename_columns(aside).rename_columns({aside.get(c, c): r for c, r in moves.items()}) if moves else rows
 
 
@@ -289,7 +294,7 @@ def _row_hashes(rows: datasets.Dataset, roles: list[str]) -> np.ndarray:
 
 def _contents(rows: datasets.Dataset, role: str, size: int = 1000) -> Iterator[list[bytes]]:
     """A column's values as bytes, some rows at a time."""
-    image = isinstance(rows.features[role], datasets.Image)
+    image = isinstance(rows.features[role], _FILES)
     for chunk in arrow(rows, role).chunks:
         for start in range(0, len(chunk), size):
             values = chunk.slice(start, size).to_pylist()
@@ -351,7 +356,7 @@ def _empty(rows: datasets.Dataset, roles: dict[str, str]) -> np.ndarray:
     bad_N = np.zeros(len(rows), dtype=bool)
     for role in roles:
         column = arrow(rows, role)
-        if isinstance(rows.features[role], datasets.Image):
+        if isinstance(rows.features[role], _FILES):
             bad_N |= _no_image(column)
         elif role in _TEXT_ROLES:
             if _is_text(column):
@@ -385,11 +390,11 @@ def _fill_gaps(part: _Part, split: str, name: str) -> None:
     order = part.rows.column_names
     for role, feature in list(part.rows.features.items()):
         column = arrow(part.rows, role)
-        if isinstance(feature, datasets.Image):
+        if isinstance(feature, _FILES):
             gaps = int(_no_image(column)[part.keep].sum())
             if gaps:
                 raise DataError(
-                    f"data '{name}': {gaps} rows of {split} have no image", "leave them out: data.drop=[empty]"
+                    f"data '{name}': {gaps} rows of {split} have no {role}", "leave them out: data.drop=[empty]"
                 )
         elif column.null_count and _is_text(column):
             filled = pc.fill_null(column, "").combine_chunks()

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kt_hf import randomness
+from kt_hf import augmenting, randomness
 from kt_hf.errors import DataError, RecipeError
-from kt_hf.loader import Collate, Plan, Rows, Windows, load_batches, transforms
+from kt_hf.loader import Collate, Plan, Rows, Windows, load_batches
 from kt_hf.packing import Packed
 from kt_hf.streaming import Place, StreamedRows, StreamPlan
 from kt_hf.task import Batch
@@ -177,7 +177,7 @@ def training_rows(
 ) -> Rows | Packed | StreamedRows:
     """What batches of the training split are made of: its rows, or bins of them."""
     with accelerator.main_process_first():  # the others find what it has preprocessed
-        rows = Rows(info, "train", task, loaded, transforms(augment), seed, train=True)
+        rows = Rows(info, "train", task, loaded, augmenting.transforms(augment, task.augments), seed, train=True)
     if info.stream is not None:
         return StreamedRows(rows)
     return Packed(rows) if training.packing else rows

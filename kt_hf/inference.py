@@ -23,6 +23,7 @@ from kt_hf.bundle import Bundle
 from kt_hf.data import DataInfo, prepare, read
 from kt_hf.errors import Collector, DataError, RecipeError, nearest
 from kt_hf.functional import statistics
+from kt_hf.reading import in_memory
 from kt_hf.recipe import Data, Model
 from kt_hf.roles import find_roles, fitting_tasks
 from kt_hf.task import FACTS, Loaded, Task
@@ -198,6 +199,9 @@ def read_inputs(
         )
     columns: dict[str, str] = {column: role for role, column in roles.items()}
     rows = rows.select_columns(list(columns))
+    for column in columns:
+        if isinstance(rows.features[column], datasets.Audio):
+            rows = rows.cast_column(column, datasets.Audio(decode=False))
     rows = rows.rename_columns({c: f"__{r}" for c, r in columns.items()}).rename_columns({f"__{r}": r for r in roles})
     shown = list(inputs) if not tables else [f"{Path(tables[0]).name}[{i}]" for i in range(len(rows))]
     text = next((r for r in ("text", "prompt", "question") if r in roles), None)
@@ -233,7 +237,8 @@ def _single(inputs: Sequence[str], task: Task) -> datasets.Dataset:
         )
     features = {"image": datasets.Image(), "audio": datasets.Audio(decode=False)}
     kinds = datasets.Features({role.name: features.get(kind, datasets.Value("string"))})
-    return datasets.Dataset.from_dict({role.name: list(inputs)}, features=kinds)
+    values: list[Any] = [{"path": item, "bytes": None} if kind in features else item for item in inputs]
+    return in_memory([{role.name: value} for value in values], kinds)
 
 
 def _medium(item: str) -> str:

@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from kt_hf import randomness, sources
-from kt_hf.errors import DataError, RecipeError, ResourceError, nearest
+from kt_hf.errors import DataError, RecipeError, ResourceError
 from kt_hf.task import Batch, Loaded, Task
 
 if TYPE_CHECKING:
@@ -222,7 +222,7 @@ def make_rows(rows: Rows, raw: dict[str, list[Any]], epochs: Sequence[int]) -> l
 
 
 def _preprocess(task: Task, raw: dict[str, list[Any]], loaded: Loaded, train: bool, augment: Any) -> dict[str, Any]:
-    return task.preprocess({k: v for k, v in raw.items() if k != "index"}, loaded, train, augment)
+    return task.preprocess(raw, loaded, train, augment)
 
 
 def _split_rows(columns: dict[str, Any]) -> list[dict[str, Any]]:
@@ -287,30 +287,6 @@ def _tokenizer_state(processor: Any) -> str:
         return ""
     state = json.loads(backend.to_str())
     return hashlib.sha256(json.dumps({**state, "truncation": None, "padding": None}).encode()).hexdigest()
-
-
-def transforms(spec: Sequence[Any] | None) -> Any:
-    """torchvision v2 transforms by name: `RandomRotation` or `{RandomRotation: {degrees: 10}}`. None for none."""
-    if not spec:
-        return None
-    from torchvision.transforms import v2
-
-    steps = []
-    for item in spec:
-        name, given = (item, {}) if isinstance(item, str) else next(iter(item.items()))
-        cls = getattr(v2, name, None)
-        if not (isinstance(cls, type) and issubclass(cls, v2.Transform)):
-            raise RecipeError(
-                f"data.augment: torchvision has no transform '{name}'",
-                nearest(name, [n for n in dir(v2) if n[0].isupper()]),
-            )
-        try:
-            steps.append(cls(**(given or {})))
-        except (TypeError, ValueError) as error:
-            raise RecipeError(
-                f"data.augment.{name}: {error}", "see the transform's arguments in torchvision.transforms.v2"
-            ) from error
-    return v2.Compose(steps)
 
 
 class Collate:

@@ -16,9 +16,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 
+from kt_hf import augmenting, range_test, registry, sharding, skeleton, stages, streaming, trainer
 from kt_hf import data as data_module
 from kt_hf import folder as folders
-from kt_hf import range_test, registry, sharding, skeleton, stages, streaming, trainer
 from kt_hf import recipe as grammar
 from kt_hf.errors import Collector, RecipeError
 from kt_hf.recipe import Data, Ensemble, Evaluate, Merge, Model, Recipe, Stage, Train
@@ -222,7 +222,8 @@ def check_plugins_build(recipe: Recipe, settings: dict[tuple[str, str], dict[str
                 check_streams(stage, stack, recipe, collect)
                 with torch.device("cpu"):
                     trainer.optimizer.schedule(stage.training, 1)
-                trainer.transforms(stage.data[1].augment if stage.data else None)
+                medium = task.augments if task is not None else None
+                augmenting.transforms(stage.data[1].augment if stage.data else None, medium)
             elif isinstance(stage, (Merge, Ensemble)):
                 stages.build(stage.verb, stage.method, stage, settings)
 
@@ -254,6 +255,7 @@ def plan(context: Context, collect: Collector) -> None:
             info = context.info(stage)
             context.task(stage).settle(info)
             if isinstance(stage, Train):
+                augmenting.transforms(stage.data[1].augment, context.task(stage).augments)
                 if "train" not in info.splits:
                     raise RecipeError(
                         f"stages.{stage.name}: the data have no training split", "name it: data.splits.train=..."

@@ -105,6 +105,8 @@ class Task:
     """Other metrics of which lower is better."""
     cache_rows: ClassVar[bool] = True
     """Whether preprocessed rows are kept on disk (text) or made on the fly (images)."""
+    augments: ClassVar[str] = ""
+    """What `data.augment` changes, one of `augmenting.MEDIA`, of which `preprocess` is given a callable; or nothing."""
     length_column: ClassVar[str | None] = None
     """Column of preprocessed rows whose length differs from row to row, if any: batches may be made by it."""
     packs: ClassVar[bool] = False
@@ -140,7 +142,8 @@ class Task:
     def preprocess(
         self, rows: dict[str, list[Any]], loaded: Loaded, train: bool, augment: Any = None
     ) -> dict[str, Any]:
-        """Columns by role, N rows -> model inputs, N rows each. `augment` is a callable on images or None."""
+        """Columns by role and `index`, N rows -> model inputs, N rows each. `augment` is a callable on what `augments`
+        names, or None."""
         raise NotImplementedError
 
     def row_limit(self, loaded: Loaded) -> int:

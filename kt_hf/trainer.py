@@ -26,8 +26,7 @@ from kt_hf.clock import Clock, Tracer
 from kt_hf.errors import NonFiniteError, RecipeError
 from kt_hf.facts import Run
 from kt_hf.feed import Feed, Sizes, global_batch
-from kt_hf.loader import Plan  # the plan checks transforms before data are read
-from kt_hf.loader import transforms as transforms
+from kt_hf.loader import Plan
 from kt_hf.notes import Notes
 from kt_hf.progress import Progress, title
 from kt_hf.recipe import Data, Training

@@ -41,6 +41,7 @@ class ImageClassification(classification.Classification, Task):
         Role("label", ("class", "classes", "number"), aliases=("labels", "target", "category")),
     )
     cache_rows = False
+    augments = "image"
 
     def __init__(self, *, metrics: list[str] | None = None):
         self.choose_metrics(metrics)

@@ -37,6 +37,7 @@ class TextClassification(classification.Classification, Task):
             },
         }
     }
+    augments = "text"
     length_column = "input_ids"
     roles = (
         Role("text", ("string",), aliases=("sentence", "sentence1", "premise", "question", "content", "review")),
@@ -77,7 +78,11 @@ class TextClassification(classification.Classification, Task):
         self, rows: dict[str, list[Any]], loaded: Loaded, train: bool, augment: Any = None
     ) -> dict[str, Any]:
         limit = min(self.max_length, loaded.processor.model_max_length)
-        encoded = loading.encode(loaded.processor, rows["text"], rows.get("text_pair"), max_length=limit)
+        texts, pairs = rows["text"], rows.get("text_pair")
+        if augment is not None:
+            texts = [augment(text) for text in texts]
+            pairs = [augment(text) for text in pairs] if pairs is not None else None
+        encoded = loading.encode(loaded.processor, texts, pairs, max_length=limit)
         return {**encoded, **self.labels(rows, loaded)}
 
     def collate(self, rows: Any, loaded: Loaded) -> dict[str, Any]:

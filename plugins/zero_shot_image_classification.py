@@ -65,6 +65,7 @@ class ZeroShotImageClassification(classification.Classification, Task):
     )
     has_loss = False
     cache_rows = False
+    augments = "image"
 
     def __init__(
         self,

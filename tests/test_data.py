@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 
 from kt_hf import Data, registry
+from kt_hf.augmenting import transforms
 from kt_hf.data import DataInfo, find_roles, prepare, read
 from kt_hf.errors import DataError, HubError, KtError, RecipeError
-from kt_hf.loader import transforms
 
 TEXT, IMAGE = "text-classification", "image-classification"
 Split = dict[str, list[Any]]
