@@ -69,7 +69,8 @@ class Lora(Strategy):
             )
         keep = self.modules_to_save if self.modules_to_save is not None else head
         try:
-            config = LoraConfig(**{**given, "modules_to_save": keep or None, **self.config})
+            revision = run.loaded.origin.get("revision")  # of the base, where it came from the Hub
+            config = LoraConfig(**{**given, "modules_to_save": keep or None, "revision": revision, **self.config})
             adapted = get_peft_model(model, config)  # type: ignore[arg-type]
         except ValueError as error:
             linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
