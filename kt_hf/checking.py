@@ -300,6 +300,8 @@ def _contradictions(t: Training) -> list[tuple[str, str]]:
         found.append((".learning_rate: a value stands there twice", "give each rate once"))
     if isinstance(t.learning_rate, list) and not t.learning_rate:
         found.append((".learning_rate: an empty list", "give one learning rate or several to choose from"))
+    if t.fp16 and t.bf16:
+        found.append((": fp16 and bf16 contradict each other", "choose one of them"))
     if t.momentum and t.optim != "sgd":
         found.append((f": momentum and optim={t.optim} contradict each other", "momentum is a setting of sgd"))
     if isinstance(t.report_to, list) and "none" in t.report_to and len(t.report_to) > 1:

@@ -225,7 +225,7 @@ def report(options: argparse.Namespace) -> int:
         if len(reports) == 1:
             pages.write_html(reports[0], options.html)
         else:
-            pages.compare_html(reports, options.html)
+            pages.compare_html(reports, options.html, options.folders)
     return 0
 
 

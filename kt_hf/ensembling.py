@@ -57,7 +57,7 @@ def save(folder: Path, parents: list[Path], name: str, method: Any, task: str) -
 
 def _link(source: str, target: str) -> None:
     try:
-        os.link(source, target)
+        os.link(os.path.realpath(source), target)  # the client's cache of the Hub holds links
     except OSError:
         shutil.copy2(source, target)
 

@@ -76,13 +76,14 @@ def push(
     Raises:
         HubError: no token, not accepted, not permitted, conflict, offline, network or server failure.
         IntegrityError: a pickle, a link out of the folder, or a file that holds a token.
-        RecipeError: no such folder, or a malformed repository name.
+        RecipeError: no such folder, a malformed repository name, or an adapter whose base is a folder here.
     """
     root = _model_folder(Path(folder))
     files = _files_to_publish(root)
     _check_name(repo)
     token = _usable_token(token)
     _refuse_tokens(files, token)
+    _refuse_a_base_at_home(files)
     from huggingface_hub import HfApi
 
     publication = _Publication(
@@ -169,6 +170,18 @@ def _refuse_tokens(files: Mapping[str, Path], token: str) -> None:
             found = content.find(token.encode()) >= 0 or _REAL_TOKEN.search(content) is not None
         if found:
             raise IntegrityError(f"'{name}' holds a Hub token", "remove it from the file, and revoke the token")
+
+
+def _refuse_a_base_at_home(files: Mapping[str, Path]) -> None:
+    """An adapter whose base is a folder here could be loaded by nobody else."""
+    path = files.get("adapter_config.json")
+    base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path") if path else None
+    if isinstance(base, str) and (base.startswith(("/", ".", "~")) or Path(base).exists()):
+        raise RecipeError(
+            f"the adapter's base is the folder '{Path(base).name}' of this machine, which nobody else has",
+            "train with lora.save=merged, or publish the base and put its name into base_model_name_or_path of "
+            "adapter_config.json",
+        )
 
 
 def _sha256(path: Path) -> str:

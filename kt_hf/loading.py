@@ -163,6 +163,22 @@ def commit_of(ref: Model, file: str = "config.json") -> str | None:
     return Path(found).parent.name if isinstance(found, str) else ref.revision
 
 
+_MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+
+
+def local(ref: Model) -> Model:
+    """The reference with a Hub id replaced by the folder of its files, and its revision by the commit they are of."""
+    if ref.path is None or Path(ref.path).exists():
+        return ref
+    from huggingface_hub import snapshot_download
+
+    with loading(f"model '{ref.path}'"):
+        folder = snapshot_download(
+            str(ref.path), revision=ref.revision, allow_patterns=list(_MODEL_FILES), ignore_patterns=["*/*"]
+        )
+    return Model(**{**ref.given, "path": folder, "revision": Path(folder).name})
+
+
 ADAPTER = "adapter_config.json"
 
 
@@ -173,11 +189,14 @@ def load_adapter(auto: Any, ref: Model, labels: list[str] | None) -> Loaded:
     folder = Path(str(ref.path))
     if not (folder / "adapter_model.safetensors").is_file():
         raise IntegrityError(f"{folder} has no adapter_model.safetensors", "adapters are loaded from safetensors alone")
-    base_path = json.loads((folder / ADAPTER).read_text()).get("base_model_name_or_path")
+    described = json.loads((folder / ADAPTER).read_text())
+    base_path = described.get("base_model_name_or_path")
     facts = json.loads((folder / FACTS).read_text()) if (folder / FACTS).is_file() else {}
     own = facts.get("labels")
     base = load_model(
-        auto, Model(path=base_path, dtype=ref.dtype, replace_head=True), own if labels is not None else None
+        auto,
+        Model(path=base_path, revision=described.get("revision"), dtype=ref.dtype, replace_head=True),
+        own if labels is not None else None,
     )
     with loading(f"adapter '{ref.path}'"):
         model = PeftModel.from_pretrained(base.model, str(folder)).merge_and_unload()

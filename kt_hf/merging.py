@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 _WEIGHTS = ("model.safetensors", "open_clip_model.safetensors")
 _INDEX = "model.safetensors.index.json"
+_OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
+"""What a parent's folder may hold beside: it would be taken for weights of the merged model."""
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
@@ -140,7 +142,7 @@ def merge(method: MergeMethod, parents: Parents, base: Parents | None, folder: P
     folder.mkdir(parents=True, exist_ok=True)
     weights = set(parents.files[0].values())
     for path in parents.folders[0].iterdir():
-        if path.is_file() and path not in weights and path.name not in (_INDEX, "README.md"):
+        if path.is_file() and path.suffix not in _OTHER_WEIGHTS and path.name not in (_INDEX, "README.md"):
             shutil.copy2(path, folder / path.name)
     target = next(iter(weights)).name if len(weights) == 1 else "model.safetensors"
 

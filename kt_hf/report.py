@@ -53,9 +53,9 @@ def write_html(report: Report, path: str | Path) -> None:
     Path(path).write_text(html(report), encoding="utf-8")
 
 
-def compare_html(reports: Sequence[Report], path: str | Path) -> None:
-    """Write a page that puts several runs side by side, stage by stage."""
-    names = _distinct([str(r["name"]) for r in reports])
+def compare_html(reports: Sequence[Report], path: str | Path, folders: Sequence[str | Path] = ()) -> None:
+    """Write a page that puts several runs side by side, stage by stage. `folders` tell runs of one name apart."""
+    names = _distinct(reports, folders)
     parts = [
         f"<h1>{escape(plural(len(reports), 'run'))} compared</h1>",
         f'<p class="soft">{escape(", ".join(names))}</p>',
@@ -81,7 +81,7 @@ def show(folders: Sequence[str | Path]) -> str:
         return "\n".join(
             [str(reports[0]["name"]), "", table(reports[0]), *([""] + [f"- {n}" for n in reports[0]["notes"]])]
         )
-    names = _distinct([str(r["name"]) for r in reports])
+    names = _distinct(reports, folders)
     lines: list[str] = []
     for key, rows in _across(reports, names).items():
         lines += ([""] if lines else []) + [_group_title(key), *_across_text(rows, names)]
@@ -521,8 +521,12 @@ Rows = dict[str, dict[str, Stage]]
 """Stage name -> run name -> stage."""
 
 
-def _distinct(names: Sequence[str]) -> list[str]:
-    """Names of runs, numbered where they repeat."""
+def _distinct(reports: Sequence[Report], folders: Sequence[str | Path] = ()) -> list[str]:
+    """Names of runs; where they repeat, with the folder's own name, and numbered where that does not help."""
+    names = [str(report["name"]) for report in reports]
+    if folders:
+        own = [(p.parent if p.is_file() else p).name for p in (Path(folder).resolve() for folder in folders)]
+        names = [f"{n} ({o})" if names.count(n) > 1 else n for n, o in zip(names, own, strict=True)]
     return [f"{n} ({names[: i + 1].count(n)})" if names.count(n) > 1 else n for i, n in enumerate(names)]
 
 

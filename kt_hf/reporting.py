@@ -17,7 +17,7 @@ from kt_hf import folder as folders
 from kt_hf import recipe as grammar
 from kt_hf.evidence import SeedEvidence, StageEvidence
 from kt_hf.model_card import model_card
-from kt_hf.recipe import Ensemble, Merge, Stage, Train
+from kt_hf.recipe import Ensemble, Merge, Stage, Train, Training
 from kt_hf.task import Loaded, Scores
 
 if TYPE_CHECKING:
@@ -200,14 +200,23 @@ def _validation_uses(context: Context, stage: Stage) -> list[str]:
     return uses
 
 
+_ALWAYS_SHOWN = ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "optim", "seed")
+
+
 def _settings(context: Context, stage: Stage) -> dict[str, Any]:
-    """The stage's settings as recipe.yaml has them; training as far as it was given."""
+    """The stage's settings as recipe.yaml has them; of its training what a reader looks for first, and what is not as
+    by default, whether the stage or the recipe says so."""
     found: dict[str, Any] = {}
     for (name, plugin), values in context.settings.items():
         if name == stage.name:
             found[plugin.partition(":")[2]] = values
     if isinstance(stage, Train):
-        found["training"] = {k: getattr(stage.training, k) for k in stage.training.given}
+        defaults = {k: parameter.default for k, (_, parameter) in grammar.settings.parameters(Training).items()}
+        shown = {k: getattr(stage.training, k) for k in defaults}
+        replaced = "max_steps" if stage.training.max_steps < 0 else "num_train_epochs"
+        found["training"] = {
+            k: v for k, v in shown.items() if k != replaced and (k in _ALWAYS_SHOWN or v != defaults[k])
+        }
     if stage.model is not None:
         found["model"] = {k: v.plain() if hasattr(v, "plain") else v for k, v in stage.model.given.items()}
     return found
@@ -240,7 +249,10 @@ def write_cards(context: Context, stage: Stage, results: list[dict[str, Any]], r
             base_model=lineage.get("base_model"),
             base_revision=lineage.get("revision"),
             base_model_relation=relation if lineage.get("base_model") or lineage.get("parents") else None,
-            parents=[(name, None) for name in lineage.get("parents", lineage.get("members", []))],
+            parents=[
+                (name, lineage.get("revisions", {}).get(name))
+                for name in lineage.get("parents", lineage.get("members", []))
+            ],
             teacher=[(lineage["teacher"], lineage.get("teacher_revision"))] if "teacher" in lineage else [],
             datasets=[(info.path or info.name, entry["data"]["split"], info.fingerprint)],
             metrics=metrics,

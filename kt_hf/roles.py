@@ -75,6 +75,13 @@ def find_roles(
             found[role.name] = free[0]
         elif strict:
             raise _open(role, free, features)
+    if strict and roles and not found:
+        listed = ", ".join(f"{name} ({describe(feature)})" for name, feature in features.items())
+        valid = ", ".join(role.name for role in roles)
+        raise RecipeError(
+            f"no column has a name that the task knows; the columns are {listed}",
+            f"name one: data.columns.ROLE=COLUMN, with a role of {valid}",
+        )
     return found
 
 

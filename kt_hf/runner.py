@@ -21,6 +21,7 @@ from kt_hf import data as data_module
 from kt_hf import folder as folders
 from kt_hf import recipe as grammar
 from kt_hf.errors import Collector, RecipeError
+from kt_hf.loading import local
 from kt_hf.recipe import Data, Ensemble, Evaluate, Merge, Model, Recipe, Stage, Train
 from kt_hf.roles import fitting_tasks
 
@@ -205,7 +206,7 @@ def parents(context: Context, stage: Merge | Ensemble, seed: int) -> tuple[list[
         ref = stage.models[0]
         count = by_name[ref.path[1:]].seeds
         return [f"{ref.path}[{i}]" for i in range(count)], [context.resolve(ref, i) for i in range(count)]
-    return [str(m.path) for m in stage.models], [context.resolve(m, seed) for m in stage.models]
+    return [str(m.path) for m in stage.models], [local(context.resolve(m, seed)) for m in stage.models]
 
 
 def check_plugins_build(recipe: Recipe, settings: dict[tuple[str, str], dict[str, Any]], collect: Collector) -> None:

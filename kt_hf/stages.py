@@ -22,6 +22,7 @@ from kt_hf.errors import RecipeError
 from kt_hf.facts import Run
 from kt_hf.feed import training_rows
 from kt_hf.loader import Plan, Rows, Windows, load_batches
+from kt_hf.loading import local
 from kt_hf.recipe import Ensemble, Evaluate, Merge, Model, Stage, Train, Training
 from kt_hf.task import Loaded, Scores
 
@@ -302,7 +303,7 @@ def _merge(context: Context, stage: Merge, seed: int, folder: Path) -> dict[str,
     started = time.perf_counter()
     loaded = task.load(models[0], info)
     _check_kinship(task, loaded, models, names, info)
-    base = context.resolve(stage.base, seed) if stage.base is not None else None
+    base = local(context.resolve(stage.base, seed)) if stage.base is not None else None
     statistics = merging.batch_statistics(loaded.model)
     if statistics and "train" not in info.splits:
         raise RecipeError(
@@ -351,11 +352,17 @@ def _merge(context: Context, stage: Merge, seed: int, folder: Path) -> dict[str,
         summary=summary,
         lineage={
             "parents": names,
+            "revisions": _revisions(names, models),
             "method": grammar.named(stage.method)[0],
             **({"base": str(stage.base.path)} if stage.base else {}),
         },
     )
     return facts
+
+
+def _revisions(names: list[str], models: list[Model]) -> dict[str, str]:
+    """Commits of the parents that came from the Hub, by name."""
+    return {name: model.revision for name, model in zip(names, models, strict=True) if model.revision}
 
 
 @contextmanager
@@ -421,7 +428,7 @@ def _ensemble(context: Context, stage: Ensemble, seed: int, folder: Path) -> dic
         "trained_parameters": 0,
         "optimizer_steps": 0,
     }
-    facts.update(summary=method.state(), lineage={"members": names, "method": method_name})
+    facts.update(summary=method.state(), lineage={"members": names, "revisions": _revisions(names, models), "method": method_name})
     return facts
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -69,8 +70,11 @@ class Lora(Strategy):
             )
         keep = self.modules_to_save if self.modules_to_save is not None else head
         try:
-            config = LoraConfig(**{**given, "modules_to_save": keep or None, **self.config})
-            adapted = get_peft_model(model, config)  # type: ignore[arg-type]
+            revision = run.loaded.origin.get("revision")  # of the base, where it came from the Hub
+            config = LoraConfig(**{**given, "modules_to_save": keep or None, "revision": revision, **self.config})
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # peft sets it right by itself
+                adapted = get_peft_model(model, config)  # type: ignore[arg-type]
         except ValueError as error:
             linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
             raise RecipeError(

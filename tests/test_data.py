@@ -259,6 +259,13 @@ def test_columns_that_are_not_clear(features: dict[str, Any], columns: dict[str,
     assert part in str(error.value) and error.value.remedy
 
 
+def test_columns_of_which_a_task_with_optional_roles_knows_none(tmp_path: Path) -> None:
+    folder = write(tmp_path, train={"en": ["a", "b"], "de": ["c", "d"]})
+    with pytest.raises(RecipeError, match=r"the columns are en \(string\), de \(string\)") as error:
+        prepared(folder, "text-generation")
+    assert "data.columns.ROLE=COLUMN" in error.value.remedy and "completion" in error.value.remedy
+
+
 def test_named_columns_and_roles_that_swap_names(tmp_path: Path) -> None:
     rows = {"label": ["one", "two", "three", "four"], "text": [0, 1, 0, 1], "index": [7, 7, 7, 7]}
     info = prepared(write(tmp_path, train=rows), columns={"text": "label", "label": "text"}, validation_size=1)
@@ -416,6 +423,15 @@ def test_chats_without_a_word_are_empty(tmp_path: Path) -> None:
     info = prepared(tmp_path, "text-generation", drop=["empty"], validation_size=0.5)
     assert info.counts["empty"] == 2 and sum(len(info.splits[s]) for s in ("train", "validation")) == 2
     assert list(info.texts()) == ["yes"]
+
+
+def test_lists_of_captions_are_empty_only_without_a_word(tmp_path: Path) -> None:
+    captions = [["a dog", ""], [], ["", " "], ["a cat"]]
+    features = datasets.Features(image=datasets.Image(), captions=datasets.List(V("string")))
+    images = [image(i) for i in range(len(captions))]
+    folder = write(tmp_path, features=features, train={"image": images, "captions": captions})
+    info = prepared(folder, "zero-shot-image-classification", drop=["empty"], validation_size=0.5)
+    assert info.counts["empty"] == 2 and sum(len(info.splits[s]) for s in ("train", "validation")) == 2
 
 
 @pytest.mark.parametrize(

@@ -485,6 +485,16 @@ def test_file_with_a_token_is_not_published(hub: HubServer, client: Client, fold
     assert "generation_config.json" in reply["cause"] and secret not in json.dumps(reply)
 
 
+@pytest.mark.parametrize("base", ["/somewhere/model", "../base", "~/base", "."])
+def test_an_adapter_whose_base_is_a_folder_here_is_not_published(
+    hub: HubServer, client: Client, folder: Path, base: str
+) -> None:
+    (folder / "model" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    reply = client.push(folder)
+    assert (reply["error"], reply["exit_code"]) == ("RecipeError", 2) and not hub.requests
+    assert "nobody else has" in reply["cause"] and "lora.save=merged" in reply["remedy"]
+
+
 def test_scrub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_dummy")
     assert scrub("hf_dummy, 'hf_abcdefghijkl' Bearer eyJ0.x-y and mine", "mine") == "***, '***' Bearer *** and ***"

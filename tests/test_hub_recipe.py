@@ -14,6 +14,17 @@ from test_hub import environment
 ROOT = Path(__file__).parent.parent
 
 
+MERGED = """
+data: {path: digits, name: target}
+stages:
+- merge: soup
+  method: uniform_soup
+  models: [writer/digits, two/finetune/model]
+- ensemble: both
+  models: [writer/digits, two/finetune/model]
+"""
+
+
 def launch(folder: Path, hub: HubServer, *arguments: str, **more: str) -> subprocess.CompletedProcess:
     env = environment(folder, hub.url, **more)
     env.pop("HF_HUB_OFFLINE", None)
@@ -42,6 +53,28 @@ def test_a_recipe_publishes_and_another_starts_from_it(tmp_path):
         assert facts["lineage"]["teacher_revision"] == hub.head("writer/digits").oid
         card = (tmp_path / "taught" / "distilled" / "model" / "README.md").read_text()
         assert hub.head("writer/digits").oid in card
+        adapted = launch(
+            tmp_path,
+            hub,
+            str(ROOT / "recipes" / "lora.py"),
+            *small,
+            "model=writer/digits",
+            "stages.lora.strategies.lora.save=adapter",
+            "push_to_hub=writer/adapter",
+            *("--output-dir", "adapted"),
+        )
+        assert adapted.returncode == 0, adapted.stderr[-2000:]
+        described = json.loads(hub.head("writer/adapter").tree["adapter_config.json"].data)
+        assert described["base_model_name_or_path"] == "writer/digits"
+        assert described["revision"] == hub.head("writer/digits").oid
+        (tmp_path / "merged.yaml").write_text(MERGED)
+        merged = launch(tmp_path, hub, "-m", "kt_hf.cli", "run", "merged.yaml", "--output-dir", "merged")
+        assert merged.returncode == 0, merged.stderr[-2000:]
+        card = (tmp_path / "merged" / "soup" / "model" / "README.md").read_text()
+        assert f"parent: `writer/digits` at revision `{hub.head('writer/digits').oid}`" in card
+        members = tmp_path / "merged" / "both" / "model" / "members"
+        assert all((members / str(i) / "model.safetensors").stat().st_size > 1000 for i in range(2))
+        assert not any(path.is_symlink() for path in members.rglob("*"))
         refused = launch(
             tmp_path,
             hub,
@@ -55,7 +88,7 @@ def test_a_recipe_publishes_and_another_starts_from_it(tmp_path):
         assert refused.returncode == 5, refused.stderr[-2000:]
         assert "error.json" in {p.name for p in (tmp_path / "three").iterdir()}
         assert "writer/other" not in hub.repos
-    said = "".join(p.stdout + p.stderr for p in (done, again, taught, refused))
+    said = "".join(p.stdout + p.stderr for p in (done, again, taught, adapted, merged, refused))
     written = b"".join(
         p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and p.suffix in (".json", ".yaml", ".md", ".html")
     )

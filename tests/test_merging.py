@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import datasets
@@ -99,6 +100,18 @@ def test_uniform_soup_is_the_mean_and_weights_are_respected(tmp_path, trained):
             torch.testing.assert_close(
                 merged[key], share * first[key] + (1 - share) * second[key], atol=1e-6, rtol=1e-5
             )
+
+
+def test_other_weights_of_a_parent_do_not_come_along(tmp_path, trained):
+    """The merged folder would hold weights of one parent beside those of all."""
+    parent = tmp_path / "parent"
+    shutil.copytree(trained["right"], parent)
+    for name in ("pytorch_model.bin", "tf_model.h5", "adapter_model.safetensors"):
+        (parent / name).write_bytes(b"old")
+    data = Data(shapes(tmp_path / "data", {}))
+    run(Recipe([Merge("s", "uniform_soup", models=[str(parent), trained["wrong"]], data=data)]), tmp_path / "out")
+    left = {path.name for path in (tmp_path / "out" / "s" / "model").iterdir()}
+    assert left == {path.name for path in Path(trained["right"]).iterdir()}
 
 
 def test_parents_that_differ_are_refused_with_both_named(tmp_path, trained):

@@ -442,6 +442,7 @@ def test_all_mistakes_are_reported_together() -> None:
         (["training.report_to=[none,wandb]"], "contradict"),
         (["training.momentum=0.9"], "momentum is a setting of sgd"),
         (["training.bf16=maybe"], "bf16: got 'maybe'"),
+        (["training.bf16=true", "training.fp16=true"], "fp16 and bf16 contradict"),
         (["training.load_best_model_at_end=true", "training.eval_steps=0"], "contradict"),
         (["training=5"], "training: got 5"),
         (["data.validation_size=2.5"], "a whole number of rows"),

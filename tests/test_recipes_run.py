@@ -51,6 +51,16 @@ def test_accuracy_can_be_recomputed_from_the_predictions(tmp_path):
     assert sum(right) / len(right) == pytest.approx(entry["metrics"]["accuracy"]["value"], abs=1e-9)
 
 
+def test_card_and_report_say_how_a_stage_was_trained(tmp_path):
+    settings = ["training.learning_rate=2e-3", "stages.finetune.training.weight_decay=0.1", "training.max_steps=2"]
+    report = run_recipe("finetune", tmp_path / "out", *settings)
+    told = report["stages"][-1]["settings"]["training"]
+    wanted = {"learning_rate": 2e-3, "weight_decay": 0.1, "max_steps": 2, "per_device_train_batch_size": 16, "seed": 42}
+    assert wanted.items() <= told.items() and "num_train_epochs" not in told and "bf16" not in told
+    card = (tmp_path / "out" / "finetune" / "model" / "README.md").read_text()
+    assert all(f"{key}: {value}" in card for key, value in wanted.items())
+
+
 def test_exports_load_with_nothing_missing(tmp_path):
     run_recipe("lora", tmp_path / "out", "training.max_steps=2")
     _, info = AutoModelForImageClassification.from_pretrained(

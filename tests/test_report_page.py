@@ -137,7 +137,9 @@ def test_show_one_run_and_several(large, small, tmp_path):
     one = report.show([tmp_path / "a"])
     assert "finetune" in one and "- Validation labels were used" in one
     several = report.show([tmp_path / "a", tmp_path / "b", tmp_path / "c"])
-    assert "small (1)" in several and "small (2)" in several and "not tested against each other" in several
+    assert "small (b)" in several and "small (c)" in several and "not tested against each other" in several
+    twice = report.show([tmp_path / "b", tmp_path / "b" / "report.json"])
+    assert "small (b) (1)" in twice and "small (b) (2)" in twice
     row = next(line for line in several.splitlines() if line.startswith("only"))
     assert row.split()[1] == "-" and row.count(" to ") == 2
 
