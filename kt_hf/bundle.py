@@ -88,6 +88,10 @@ class Step:
         """The model's outputs on the training batch."""
         return self.forward("train")
 
+    def task_loss(self) -> tuple[torch.Tensor, torch.Tensor | None, str]:
+        """(values, weight, unit) of the task's own loss, as it would be without any strategy."""
+        return self.task.loss(self.outputs, self.batch, self._bundle.label_smoothing)
+
     def forward(self, stream: str = "train") -> Any:
         """The model's outputs on a stream, computed once."""
         if stream not in self._outputs:
@@ -210,8 +214,7 @@ class Bundle(nn.Module):
             weight *= strategy.task_weight(position.progress)
         terms: dict[str, torch.Tensor] = {}
         if weight and self.task.has_loss:
-            values, weights, unit = self.task.loss(step.outputs, batch, self.label_smoothing)
-            mean = step.mean(values, weights, unit)
+            mean = step.mean(*step.task_loss())
             terms["task"] = mean if weight == 1.0 else weight * mean
         elif not any(type(s).adds_objective for s in stack.values()):
             raise RecipeError(

@@ -218,8 +218,9 @@ def _check_streamed(data: Data, where: str, collect: Collector) -> None:
     """What would need all training rows at hand."""
     if data.path == "digits":
         collect.add(f"{where}.streaming: digits are in memory", "leave streaming out")
-    if data.k_shot:
-        collect.add(f"{where}.streaming and {where}.k_shot exclude each other", "leave one of them out")
+    for name in ("k_shot", "label_noise"):
+        if getattr(data, name):
+            collect.add(f"{where}.streaming and {where}.{name} exclude each other", "leave one of them out")
     if isinstance(data.max_examples, int) or "train" in (data.max_examples or {}):
         remedy = f"limit the steps (training.max_steps), or other splits: {where}.max_examples.validation=500"
         collect.add(f"{where}.streaming: {where}.max_examples does not limit a stream", remedy)

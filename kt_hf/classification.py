@@ -34,6 +34,7 @@ class Classification:
     """
 
     problem: SingleLabel = PROBLEMS["class"]
+    num_classes: int = 1
     metrics: Sequence[str] = ()
     """To report; the first decides. Empty: the problem's own."""
 
@@ -53,6 +54,7 @@ class Classification:
         self.metric = (*self.metrics, *self.problem.metrics)[0]
         self.greater_is_better = self.metric not in self.problem.lower
         self.lower_metrics = self.problem.lower
+        self.unit, self.num_classes = self.problem.unit, len(info.labels or [0])
 
     def settle_by_model(self, config: Any) -> None:
         """For rows without labels: the model's files say what it gives."""
@@ -81,9 +83,10 @@ class Classification:
         return *self.problem.loss(outputs.logits, batch["labels"], label_smoothing), "label"
 
     def units(self, batch: Batch) -> dict[str, int | torch.Tensor]:
-        """Rows, and labels: the loss is a mean over these, scores exist for all."""
+        """Rows, labels, and what has scores: the loss is a mean over labels, scores exist for all."""
         rows = len(batch["index"])
-        return {"example": rows, "label": rows if "labels" not in batch else self.problem.count(batch["labels"])}
+        labels = self.problem.count(batch["labels"]) if "labels" in batch else rows
+        return {"example": rows, self.problem.unit: self.problem.num_scores(rows, self.num_classes), "label": labels}
 
     def scores(self, outputs: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         return self.problem.scores(outputs.logits)

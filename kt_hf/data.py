@@ -138,6 +138,8 @@ def prepare(name: str, data: Data, task: Task) -> DataInfo:
             raise DataError(
                 f"data '{name}': no rows are left in {split}", "loosen data.where, data.labels or data.drop"
             )
+    if data.label_noise:
+        _spoil_labels(parts, settled, data, name)
     names = settled.names if settled is not None else None
     if settled is not None and settled.kind == "class":
         _warn_of_classes(parts, settled.names or [], name, all_known=stream is None)
@@ -449,6 +451,21 @@ def _limit(part: _Part, split: str, data: Data) -> None:
     limit = limits if isinstance(limits, int) else limits.get(split)
     if limit and limit < len(part.keep):
         part.keep = np.sort(random.permutation(part.keep)[:limit])
+
+
+def _spoil_labels(parts: dict[str, _Part], settled: Labels | None, data: Data, name: str) -> None:
+    """Give `label_noise` of the training rows another class, any of the others, drawn with the data's seed."""
+    part = parts.get("train")
+    if part is None or part.classes is None or settled is None or len(settled.names or []) < 2:
+        raise RecipeError("data.label_noise: the training rows have no classes to confuse", "leave it out")
+    random = np.random.default_rng([data.seed, 3])
+    labelled = part.keep[part.classes[part.keep] >= 0]
+    chosen = random.permutation(labelled)[: round(data.label_noise * len(labelled))]
+    part.classes = part.classes.copy()
+    count = len(settled.names or [])
+    part.classes[chosen] = (part.classes[chosen] + random.integers(1, count, len(chosen))) % count
+    part.rows = part.rows.remove_columns("label").add_column("label", part.classes)
+    logger.warning("data '%s': %d training labels were replaced by others (data.label_noise)", name, len(chosen))
 
 
 # --- streams --------------------------------------------------------------------------------------------------------

@@ -90,9 +90,11 @@ class Data(Noun):
     things out). name: configuration of that data set. columns: role -> column, where they are ambiguous. splits: our
     split -> theirs. where: column -> value or values to keep. labels: names of the classes to keep. k_shot: training
     examples per class. max_examples: at most so many rows per split. validation_size: fraction or number of training
-    rows held out when there is no validation split. drop: kinds of rows to drop (all are counted). augment:
-    torchvision v2 transforms, by name. seed: of the subsets and splits. streaming: read training rows as they are used,
-    in random order within every `shuffle_buffer` rows; labels, sizes and baselines are then those of the first rows.
+    rows held out when there is no validation split. drop: kinds of rows to drop (all are counted). augment: changes
+    of training rows, by name: torchvision v2 transforms of images; WordDropout, WordMask of texts; Noise, Gain, Shift,
+    TimeMask, FrequencyMask of sound. label_noise: share of training labels that get another class, for experiments.
+    seed: of the subsets, splits and such labels. streaming: read training rows as they are used, in random order within
+    every `shuffle_buffer` rows; labels, sizes and baselines are then those of the first rows.
     """
 
     def __init__(
@@ -110,6 +112,7 @@ class Data(Noun):
         validation_size: Annotated[float, Field(gt=0, le=10**9)] = 0.1,
         drop: list[Literal["empty", "duplicates", "overlap", "unlabelled", "unreadable"]] | None = None,
         augment: list[Named] | None = None,
+        label_noise: Annotated[float, Field(ge=0, lt=1)] = 0.0,
         seed: Seed = 0,
         streaming: bool = False,
         shuffle_buffer: Positive = 1000,

@@ -27,6 +27,8 @@ class SingleLabel:
     """One class of several."""
 
     kind: ClassVar[str] = "single_label_classification"
+    unit: ClassVar[str] = "example"
+    """What scores are counted in."""
     metrics: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1")
     extras: ClassVar[tuple[str, ...]] = ("matthews_correlation", "top5_accuracy", "calibration_error")
     lower: ClassVar[tuple[str, ...]] = ("calibration_error",)
@@ -51,6 +53,9 @@ class SingleLabel:
 
     def scores(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return logits.float(), torch.ones(len(logits), device=logits.device)
+
+    def num_scores(self, rows: int, num_classes: int) -> int:
+        return rows
 
     def from_scores(self, scores_NC: torch.Tensor) -> torch.Tensor:
         """The logits that have these scores."""
@@ -109,6 +114,7 @@ class MultiLabel(SingleLabel):
     """Any number of classes: each is a yes or no of its own, and a unit of the loss."""
 
     kind = "multi_label_classification"
+    unit = "class"
     metrics = ("micro_f1", "macro_f1", "subset_accuracy")
     extras = ()
     lower = ()
@@ -141,6 +147,9 @@ class MultiLabel(SingleLabel):
         """A row for each row and class, over no and yes."""
         yes_N = logits.float().flatten()
         return torch.stack([torch.zeros_like(yes_N), yes_N], 1), torch.ones_like(yes_N)
+
+    def num_scores(self, rows: int, num_classes: int) -> int:
+        return rows * num_classes
 
     def from_scores(self, scores_NC: torch.Tensor) -> torch.Tensor:
         return scores_NC[:, 1] - scores_NC[:, 0]

@@ -94,7 +94,7 @@ class Task:
     """How the kit tries it: `model`, settings of a tiny fresh model; `roles`, names of the columns that its rows have,
     where those that are required do not do; `settings`, where the constructor needs some."""
     roles: ClassVar[tuple[Role, ...]] = ()
-    unit: ClassVar[str] = "example"
+    unit: str = "example"
     """What the loss and the scores are counted in."""
     has_loss: ClassVar[bool] = True
     """False where only a strategy can give an objective (dual encoders)."""

@@ -758,8 +758,12 @@ def check_accelerator(accelerator: Any, training: Training) -> Any:
 
 
 def checkpoint_gradients(model: nn.Module) -> None:
+    how = {"use_reentrant": False}
     try:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+        if hasattr(model, "activation_checkpointing_enable"):  # its name from transformers 5.24 on
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs=how)  # type: ignore[operator]
+        else:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)  # type: ignore[operator]
     except (AttributeError, ValueError) as error:
         raise RecipeError(
             f"training.gradient_checkpointing: {type(model).__name__} cannot do that",

@@ -229,7 +229,7 @@ ROWS = [
     ),
     Row(
         "batch statistics, rotation",
-        recipe({**DIGITS, **TURNED}, RESNET, ["finetune", EMA], label_smoothing_factor=0.1),
+        recipe({**DIGITS, **TURNED}, RESNET, ["finetune", EMA, "balance"], label_smoothing_factor=0.1),
         IN_ONE_EPOCH,
     ),
     Row(
