@@ -428,7 +428,10 @@ def _ensemble(context: Context, stage: Ensemble, seed: int, folder: Path) -> dic
         "trained_parameters": 0,
         "optimizer_steps": 0,
     }
-    facts.update(summary=method.state(), lineage={"members": names, "revisions": _revisions(names, models), "method": method_name})
+    facts.update(
+        summary=method.state(),
+        lineage={"members": names, "revisions": _revisions(names, models), "method": method_name},
+    )
     return facts
 
 
