@@ -53,6 +53,10 @@ def loading(what: str):
             raise HubError(
                 f"{what} was not found on the Hub: {text[:200]}", "check the name, the revision and the token"
             ) from error
+        if "Repo id must" in text:
+            raise RecipeError(
+                f"{what}: there is no such folder", "name an existing folder, or a Hub id (NAME or OWNER/NAME)"
+            ) from error
         if name == "SafetensorError" or "safetensors" in text.lower():
             raise IntegrityError(
                 f"{what}: {text[:300]}", "the weights must be intact safetensors files; convert or fetch them again"

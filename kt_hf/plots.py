@@ -348,7 +348,10 @@ def confusion(labels: Sequence[str], counts: Sequence[Sequence[int]]) -> str:
     cell = 34.0 if num <= 12 else max(12.0, 420.0 / num)
     room = min(120.0, 8 + max(text_width(cut(label, 16)) for label in labels))
     left, top = room + 24, room + 26
-    width, height = left + num * cell + 6, top + num * cell + 6
+    # few classes leave less room than the headings beside them need
+    heading = 1.2 * text_width("predicted class")
+    width = left + max(num * cell, (num * cell + heading) / 2) + 6
+    height = top + max(num * cell, 0.6 * heading) + 6
     parts = [text(left + num * cell / 2, 14, "predicted class", "middle", "name")]
     parts.append(
         text(0, 0, "true class", "middle", "name", f'transform="translate(13 {top + num * cell / 2:.1f}) rotate(-90)"')

@@ -88,7 +88,8 @@ def find_roles(
 def fitting_tasks(features: Any, columns: dict[str, str] | None = None) -> list[tuple[str, Task]]:
     """(name, task with its defaults) of the tasks that these features could be for.
 
-    A task that would leave an image aside gives way to one that looks at it.
+    A task that would leave an image aside gives way to one that looks at it, and where there are sounds or several
+    images in a row, features decide only for a task that takes these.
     """
     found = []
     for name in registry.names("task"):
@@ -103,7 +104,15 @@ def fitting_tasks(features: Any, columns: dict[str, str] | None = None) -> list[
     seeing = [
         item for item in found if all(kinds(features[c]) != ("image",) for c in features if c not in item[2].values())
     ]
-    return [(name, task) for name, task, _ in seeing or found]
+    aside = {
+        name: [c for c in features if _is_media(features[c]) and c not in roles.values()] for name, _, roles in found
+    }
+    return [(name, task) for name, task, _ in seeing or found if not aside[name]]
+
+
+def _is_media(feature: Any) -> bool:
+    """Sounds, videos, or lists of images."""
+    return isinstance(feature, (datasets.Audio, datasets.Video)) or "image" in kinds(getattr(feature, "feature", None))
 
 
 def _named(features: Any, roles: Sequence[Role], columns: dict[str, str]) -> dict[str, str]:

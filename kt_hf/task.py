@@ -101,6 +101,8 @@ class Task:
     metric: str = "accuracy"
     """The metric that decides, for selection and in the report."""
     greater_is_better: bool = True
+    metrics: Sequence[str] = ()
+    """Names of what `measure` gives, where the data do not decide that."""
     lower_metrics: ClassVar[tuple[str, ...]] = ()
     """Other metrics of which lower is better."""
     cache_rows: ClassVar[bool] = True

@@ -23,7 +23,7 @@ from torch import nn
 from kt_hf import checkpoint, evaluation, optimizer, packing, randomness, range_test, sharding, signals
 from kt_hf.bundle import Bundle, Position
 from kt_hf.clock import Clock, Tracer
-from kt_hf.errors import NonFiniteError, RecipeError
+from kt_hf.errors import NonFiniteError, RecipeError, nearest
 from kt_hf.facts import Run
 from kt_hf.feed import Feed, Sizes, global_batch
 from kt_hf.loader import Plan
@@ -701,6 +701,11 @@ def check_stack(strategies: dict[str, Strategy], training: Training, task: Any, 
     if training.eval_steps == 0 and (training.load_best_model_at_end or training.early_stopping_patience):
         raise RecipeError(
             f"{where}: the best model is to be chosen and eval_steps=0 never evaluates", "leave eval_steps out"
+        )
+    chosen = training.metric_for_best_model
+    if chosen and task.metrics and chosen not in (*task.metrics, task.metric):
+        raise RecipeError(
+            f"{where}: training.metric_for_best_model: there is no metric '{chosen}'", nearest(chosen, task.metrics)
         )
     if training.gradient_accumulation_steps > 1:
         for name, strategy in strategies.items():

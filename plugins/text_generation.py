@@ -84,6 +84,7 @@ class TextGeneration(Task):
     packs = True
     metric = "perplexity"
     greater_is_better = False
+    metrics = ("perplexity", "loss", "token_accuracy")
     lower_metrics = ("loss",)
 
     def __init__(

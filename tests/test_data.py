@@ -18,6 +18,7 @@ from kt_hf import Data, registry
 from kt_hf.augmenting import transforms
 from kt_hf.data import DataInfo, find_roles, prepare, read
 from kt_hf.errors import DataError, HubError, KtError, RecipeError
+from kt_hf.roles import fitting_tasks
 
 TEXT, IMAGE = "text-classification", "image-classification"
 Split = dict[str, list[Any]]
@@ -234,6 +235,15 @@ LAYOUTS: list[tuple[str, str, dict[str, Any], dict[str, str]]] = [
 def test_roles_of_real_layouts(kind: str, features: dict[str, Any], roles: dict[str, str]) -> None:
     assert find_roles(features, task(kind).roles) == roles
     assert task(kind).fits(roles)
+
+
+@pytest.mark.parametrize(
+    "media", [datasets.Audio(), datasets.Video(), datasets.List(PICTURE)], ids=["sound", "video", "frames"]
+)
+def test_what_is_said_about_a_sound_is_not_taken_for_the_task(media: Any) -> None:
+    beside = {"label": C(names=["a", "b"]), "speaker": V("string")}
+    assert [name for name, _ in fitting_tasks(datasets.Features(beside))] == [TEXT]
+    assert fitting_tasks(datasets.Features({"media": media, **beside})) == []
 
 
 @pytest.mark.parametrize(

@@ -153,6 +153,13 @@ def test_labels_of_the_scatter_do_not_overlap():
             assert a[2] < b[0] or b[2] < a[0] or a[3] < b[1] or b[3] < a[1]
 
 
+def test_the_headings_of_a_small_confusion_matrix_fit():
+    drawn = plots.confusion(["a", "b"], [[3, 1], [0, 4]])
+    width = float(re.search(r'viewBox="0 0 ([0-9.]+)', drawn).group(1))
+    middle = float(re.search(r'<text x="([0-9.]+)"[^>]*>predicted class', drawn).group(1))
+    assert middle + plots.text_width("predicted class") / 2 <= width
+
+
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (-3.2, 97), (1e-7, 3e-7), (5, 5), (1e6, 3e9)])
 def test_ticks_lie_within(low, high):
     for marks in (plots.ticks(low, high), plots.log_ticks(max(low, 1e-9), max(high, 2e-9))):

@@ -401,6 +401,9 @@ def test_choosing_without_anything_to_choose_on_is_refused(tmp_path):
         train(tmp_path, task=ImageClassification(), info=info, load_best_model_at_end=True)
     with pytest.raises(RecipeError, match="eval_steps"):
         check_stack({}, Training(early_stopping_patience=1, eval_steps=0), ImageClassification(), "stage")
+    with pytest.raises(RecipeError, match="metric 'acuracy'"):  # before anything is loaded
+        check_stack({}, Training(metric_for_best_model="acuracy"), ImageClassification(), "stage")
+    check_stack({}, Training(metric_for_best_model="f1"), ImageClassification(metrics=["f1"]), "stage")
     with pytest.raises(RecipeError, match="metric 'acuracy'"):
         train(tmp_path, load_best_model_at_end=True, metric_for_best_model="acuracy", eval_steps=2)
 
