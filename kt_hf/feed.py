@@ -150,7 +150,7 @@ def training_rows(
     """What batches of the training split are made of: its rows, or bins of them."""
     with accelerator.main_process_first():  # the others find what it has preprocessed
         rows = Rows(info, "train", task, loaded, transforms(augment), seed, train=True)
-    return Packed(rows) if training.packing else rows
+    return Packed(rows) if training.packing and task.packs != "rows" else rows
 
 
 def batch_plan(run: Run, training: Training, strategies: dict[str, Strategy], rows: Rows | Packed) -> Plan:

@@ -325,7 +325,8 @@ def describe(context: Context) -> str:
         head = f"  {stage.verb} {stage.name}{seeds}: {type(context.task(stage)).__name__} on {info.name} ({sizes})"
         if isinstance(stage, Train):
             steps = _steps(context, stage)
-            most = "at most " if stage.training.packing and stage.training.max_steps <= 0 else ""
+            bins = stage.training.packing and context.task(stage).packs == "bins"
+            most = "at most " if bins and stage.training.max_steps <= 0 else ""
             head += (
                 f", {most}{steps} steps of {trainer.global_batch(stage.training, context.accelerator.num_processes)}"
             )

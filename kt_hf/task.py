@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -85,8 +85,10 @@ class Task:
     """Whether preprocessed rows are kept on disk (text) or made on the fly (images)."""
     length_column: ClassVar[str | None] = None
     """Column of preprocessed rows whose length differs from row to row, if any: batches may be made by it."""
-    packs: ClassVar[bool] = False
-    """Whether several rows can share one long one: the loss is about tokens, and `forward` heeds `sequence_ids`."""
+    packs: ClassVar[Literal["bins", "rows"] | None] = None
+    """How `training.packing` saves padding. `bins`: several rows share one long row, which is then a row of the batch;
+    the loss is about tokens, and `forward` heeds `sequence_ids`. `rows`: batches stay as they are, the model's layers
+    leave padding out; `forward` adds `unpadding.arguments(model, batch)` to its call of the model."""
     random_rows: bool = False
     """Whether training rows are preprocessed anew in every epoch, because `preprocess` draws (a caption out of
     several)."""

@@ -62,7 +62,7 @@ class TextGeneration(Task):
     )
     unit = "token"
     length_column = "input_ids"
-    packs = True
+    packs = "bins"
     metric = "perplexity"
     greater_is_better = False
     lower_metrics = ("loss",)
