@@ -104,7 +104,7 @@ class Bins:
 
     @staticmethod
     def _move(x: torch.Tensor, take_T: torch.Tensor, put_T: torch.Tensor, rows: int, width: int) -> torch.Tensor:
-        """Real tokens to where they belong, zeros elsewhere. No index comes twice: the backward has no order of sums."""
+        """Real tokens to where they belong, zeros elsewhere. No index comes twice, so that no sum has an order."""
         take_T, put_T = take_T.to(x.device, non_blocking=True), put_T.to(x.device, non_blocking=True)
         taken = x.flatten(0, 1).index_select(0, take_T)
         moved = taken.new_zeros(rows * width, *x.shape[2:]).index_copy(0, put_T, taken)
