@@ -208,8 +208,24 @@ def _check_data(data: Data, where: str, collect: Collector) -> None:
     if data.validation_size >= 1 and data.validation_size != int(data.validation_size):
         remedy = "a fraction below 1, or a whole number of rows"
         collect.add(f"{where}.validation_size: got {data.validation_size}", remedy)
+    if data.streaming:
+        _check_streamed(data, where, collect)
     if data.path == "":
         collect.add(f"{where}.path: empty", "a folder, a file, a Hub id, or digits")
+
+
+def _check_streamed(data: Data, where: str, collect: Collector) -> None:
+    """What would need all training rows at hand."""
+    if data.path == "digits":
+        collect.add(f"{where}.streaming: digits are in memory", "leave streaming out")
+    if data.k_shot:
+        collect.add(f"{where}.streaming and {where}.k_shot exclude each other", "leave one of them out")
+    if isinstance(data.max_examples, int) or "train" in (data.max_examples or {}):
+        remedy = f"limit the steps (training.max_steps), or other splits: {where}.max_examples.validation=500"
+        collect.add(f"{where}.streaming: {where}.max_examples does not limit a stream", remedy)
+    for kind in ("duplicates", "unreadable"):
+        if kind in (data.drop or []):
+            collect.add(f"{where}.streaming and {where}.drop=[{kind}] exclude each other", "leave one of them out")
 
 
 def _data(given: Any, collect: Collector) -> dict[str, Data]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,10 +17,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from kt_hf import labels
 from kt_hf.errors import DataError, RecipeError, nearest
+from kt_hf.labels import Labels
 from kt_hf.nouns import Data
-from kt_hf.reading import SPLITS, arrow, mixed_row, read, read_counted
+from kt_hf.reading import HEAD, SPLITS, arrow, ends, in_memory, mixed_row, read, read_counted, read_streamed
 from kt_hf.roles import find_roles, kinds
+from kt_hf.streaming import Row, Source
 from kt_hf.task import Task
 
 __all__ = ["SPLITS", "DataInfo", "find_roles", "kinds", "prepare", "read"]
@@ -34,7 +37,8 @@ _HEAD = 65536
 
 @dataclass
 class DataInfo:
-    """A data set as a task sees it. `splits` hold the role columns and `index`; `counts` what was found or dropped."""
+    """A data set as a task sees it. `splits` hold the role columns and `index`; `counts` what was found or dropped.
+    stream: the training rows, where they are read as they are used; `splits` then has the first of them."""
 
     name: str
     splits: dict[str, datasets.Dataset]
@@ -43,12 +47,18 @@ class DataInfo:
     fingerprint: str
     counts: dict[str, int] = field(default_factory=dict)
     path: str = ""
+    stream: Source | None = None
+
+    @property
+    def num_training_rows(self) -> int | None:
+        """None where nobody knows, because they are streamed."""
+        return None if self.stream is not None else len(self.splits["train"])
 
     @property
     def evaluation_split(self) -> str:
         """The split that reports are made on: test, where it has labels, else validation."""
         for split in ("test", "validation"):
-            if split in self.splits and ("label" not in self.roles or (_classes(self.splits[split]) >= 0).any()):
+            if split in self.splits and ("label" not in self.roles or _has_label(self.splits[split])):
                 return split
         return "train"
 
@@ -82,58 +92,80 @@ class _Part:
         self.keep = self.keep[mask_N[self.keep]]
 
 
-def _classes(rows: datasets.Dataset) -> np.ndarray:
-    return np.asarray(rows.select_columns(["label"]).with_format("numpy")[:]["label"])
-
-
 def prepare(name: str, data: Data, task: Task) -> DataInfo:
     """Read a data set and make it fit a task: roles, labels by name, subsets, cleaning, splits.
 
     Raises `DataError` for data that cannot be used, `RecipeError` for settings that do not fit them.
     """
-    found, unreadable = read_counted(data)
+    if data.streaming:
+        (found, opened), unreadable = read_streamed(data), 0
+        logger.info(
+            "data '%s': training rows are streamed; what is said of them beforehand is about the first %d",
+            name,
+            len(found["train"]),
+        )
+    else:
+        (found, unreadable), opened = read_counted(data), None
     first = next(iter(found.values()))
     _refuse_mixed(first, task, data)
     roles = find_roles(first.features, task.roles, data.columns)
     parts: dict[str, _Part] = {}
     for split, rows in found.items():
         keep = _where(rows, data.where, split)
-        rows = _rename(rows if rows._indices is None else rows.flatten_indices(), roles, split)
-        parts[split] = _Part(rows.add_column("index", np.arange(len(rows))), keep)
-    labels = _settle_labels(parts, roles, data)
+        parts[split] = _part(rows if rows._indices is None else rows.flatten_indices(), roles, split, keep)
+    settled = _settle_labels(parts, roles, data, task)
     for part in parts.values():
         part.hashes = _row_hashes(part.rows, [role for role in roles if role != "label"])
-    counts = _clean(parts, roles, set(data.drop or []), name)
+    drop = set(data.drop or [])
+    counts = _clean(parts, roles, drop, name)
     if unreadable:
         counts["unreadable"] = unreadable
         logger.warning("data '%s': %d unreadable rows, dropped", name, unreadable)
     _hold_out(parts, data, name)
+    stream = None
+    if opened is not None:
+        apart = [parts[split] for split in parts if split not in found or (split != "train" and "overlap" in drop)]
+        held_out = np.concatenate([np.empty(0, np.uint64), *(part.hashes[part.keep] for part in apart)])
+        refine = _Refine(name, data, found["train"].features, roles, settled, held_out)
+        stream = Source(opened, refine, data.shuffle_buffer)
     for split, part in parts.items():
         _limit(part, split, data)
-        counts[split] = len(part.keep)
+        if stream is None or split != "train":
+            counts[split] = len(part.keep)
         if not len(part.keep):
             raise DataError(
                 f"data '{name}': no rows are left in {split}", "loosen data.where, data.labels or data.drop"
             )
-    if labels is not None:
-        _warn_of_classes(parts, labels, name)
+    names = settled.names if settled is not None else None
+    if settled is not None and settled.kind == "class":
+        _warn_of_classes(parts, settled.names or [], name, all_known=stream is None)
     splits = {split: _selected(part) for split, part in parts.items()}
-    return DataInfo(name, splits, roles, labels, _fingerprint(parts, labels), counts, data.path)
+    fingerprint = _fingerprint(parts, names, "" if opened is None else ends(data, opened))
+    return DataInfo(name, splits, roles, names, fingerprint, counts, data.path, stream)
+
+
+def _part(
+    rows: datasets.Dataset, roles: dict[str, str], split: str, keep: np.ndarray, numbers_N: Sequence[int] | None = None
+) -> _Part:
+    numbers_N = range(len(rows)) if numbers_N is None else numbers_N
+    return _Part(_rename(rows, roles, split).add_column("index", np.asarray(numbers_N)), keep)
 
 
 def _selected(part: _Part) -> datasets.Dataset:
     return part.rows if len(part.keep) == len(part.rows) else part.rows.select(part.keep)
 
 
-def _fingerprint(parts: dict[str, _Part], labels: list[str] | None) -> str:
+def _fingerprint(parts: dict[str, _Part], names: list[str] | None, more: str) -> str:
     """What preprocessed rows and resumed trainings depend on: the rows, their order, their classes."""
-    digest = hashlib.sha256(repr(labels).encode())
+    digest = hashlib.sha256((repr(names) + more).encode())
     for split in sorted(parts):
         part = parts[split]
         digest.update(f"{split} {len(part.keep)} ".encode())
         digest.update(part.hashes[part.keep].tobytes() + part.keep.astype(np.int64).tobytes())
         if part.classes is not None:
             digest.update(part.classes[part.keep].tobytes())
+        elif "label" in part.rows.column_names:
+            digest.update(_row_hashes(part.rows, ["label"])[part.keep].tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -151,8 +183,8 @@ def _refuse_mixed(rows: datasets.Dataset, task: Task, data: Data) -> None:
                 raise DataError(cause, "write one kind of value in a column")
 
 
-def _where(rows: datasets.Dataset, where: dict[str, Any] | None, split: str) -> np.ndarray:
-    """Row numbers that have the wanted values. Classes go by name or number."""
+def _where(rows: datasets.Dataset, where: dict[str, Any] | None, split: str, none_do: bool = False) -> np.ndarray:
+    """Row numbers that have the wanted values. Classes go by name or number. none_do: there may be none."""
     keep = np.arange(len(rows))
     for column, wanted in (where or {}).items():
         if column not in rows.column_names:
@@ -166,7 +198,7 @@ def _where(rows: datasets.Dataset, where: dict[str, Any] | None, split: str) -> 
             text = {k: feature.names[v] if v is not None and v >= 0 else str(v) for k, v in unique.items()}
         chosen = {k for k, v in unique.items() if text[k] in names or str(v) in names}
         mask_N = np.fromiter((repr(v) in chosen for v in values), dtype=bool, count=len(values))
-        if not mask_N[keep].any():
+        if not mask_N[keep].any() and not none_do:
             some = list(dict.fromkeys(text.values()))[:50]
             raise DataError(f"data.where.{column}: no row of {split} has {wanted!r}", nearest(sorted(names)[0], some))
         keep = keep[mask_N[keep]]
@@ -191,99 +223,51 @@ def _rename(rows: datasets.Dataset, roles: dict[str, str], split: str) -> datase
 # --- labels ---------------------------------------------------------------------------------------------------------
 
 
-def _settle_labels(parts: dict[str, _Part], roles: dict[str, str], data: Data) -> list[str] | None:
-    """Labels as numbers of one list of names, -1 where a row has none; with `labels`, only those classes, in that
-    order.
-    """
+def _settle_labels(parts: dict[str, _Part], roles: dict[str, str], data: Data, task: Task) -> Labels | None:
+    """Give all rows labels as their kind has them; with `data.labels`, keep only rows of those classes."""
     if "label" not in roles:
         if data.labels:
             raise RecipeError("data.labels: the data have no class column", "name it: data.columns.label=COLUMN")
         return None
-    names, classes = _number_labels({split: part.rows for split, part in parts.items()})
-    chosen = list(range(len(names)))
-    if data.labels:
-        chosen = [_class_number(label, names) for label in data.labels]
-    table = np.full(len(names) + 1, -1)  # the last place is for rows without a label
-    table[chosen] = np.arange(len(chosen))
-    for split, part in parts.items():
-        part.classes = table[classes[split]]
-        if "label" in part.rows.column_names:
-            part.rows = part.rows.remove_columns("label")
-        part.rows = part.rows.add_column("label", part.classes)
-        if data.labels:
-            part.narrow(part.classes >= 0)
+    splits = {split: part.rows for split, part in parts.items()}
+    feature = next(rows.features["label"] for rows in splits.values() if "label" in rows.column_names)
+    found = labels.settle(splits, labels.kind_of(feature, task.label_kind), data.labels, more=data.streaming)
+    for part in parts.values():
+        has = "label" in part.rows.column_names
+        if not has and found.kind != "class":
+            continue
+        column = found.encode(part.rows) if has else np.full(len(part.rows), -1)
+        part.rows = (part.rows.remove_columns("label") if has else part.rows).add_column("label", column)
+        if found.kind == "class":
+            part.classes = column
+            if data.labels:
+                part.narrow(part.classes >= 0)
     train = parts.get("train")
-    if (
-        train is not None
-        and train.classes is not None
-        and len(train.keep)
-        and not (train.classes[train.keep] >= 0).any()
-    ):
+    if train is not None and len(train.keep) and not _has_label(train.rows.select(train.keep)):
         raise DataError("no training row has a label", "name the column of the classes: data.columns.label=COLUMN")
-    return [names[i] for i in chosen]
+    return found
 
 
-def _class_number(label: Any, names: list[str]) -> int:
-    if str(label) in names:
-        return names.index(str(label))
-    if isinstance(label, int) and 0 <= label < len(names):
-        return label
-    raise RecipeError(f"data.labels: there is no class '{label}'", nearest(str(label), names))
+def _has_label(rows: datasets.Dataset) -> bool:
+    """Whether any row has one."""
+    if "label" not in rows.column_names:
+        return False
+    values = rows.select_columns(["label"]).with_format("arrow")[:]["label"]
+    if pa.types.is_integer(values.type):
+        return bool(pc.any(pc.greater_equal(values, 0)).as_py())
+    return values.null_count < len(values)
 
 
-def _number_labels(splits: dict[str, datasets.Dataset]) -> tuple[list[str], dict[str, np.ndarray]]:
-    """(names, split -> class numbers). Named classes keep their order, others are sorted; splits match by name."""
-    with_labels = {split: rows for split, rows in splits.items() if "label" in rows.column_names}
-    features = {split: rows.features["label"] for split, rows in with_labels.items()}
-    named = [feature for feature in features.values() if isinstance(feature, datasets.ClassLabel)]
-    columns = {split: arrow(rows, "label") for split, rows in with_labels.items()}
-    order: list[Any] = list(dict.fromkeys(name for feature in named for name in feature.names))
-    if len(named) < len(features):
-        values = {v for s in columns if features[s] not in named for v in pc.unique(columns[s]).to_pylist()} - {None}
-        in_training = set(pc.unique(columns["train"]).to_pylist()) if "train" in columns else values
-        if any(isinstance(v, int) for v in values) and -1 not in in_training:
-            values.discard(-1)  # by custom, -1 is a row without a label; but not where training rows have it
-        values = {str(v) for v in values} if named else values
-        order += sorted(values - set(order), key=lambda v: (isinstance(v, str), v))
-        _refuse_free_text(order, splits)
-    position = {value: i for i, value in enumerate(order)}
-    found = {}
-    for split, rows in splits.items():
-        found[split] = np.full(len(rows), -1)
-        if split in columns:
-            found[split] = _positions(columns[split], features[split], position, bool(named))
-    return [str(value) for value in order], found
-
-
-def _positions(column: Any, feature: Any, position: dict[Any, int], by_name: bool) -> np.ndarray:
-    """The place of every value in the list of names; -1 for a row without a label."""
-    encoded = pc.dictionary_encode(column)
-    encoded = encoded.combine_chunks() if isinstance(encoded, pa.ChunkedArray) else encoded
-    values = encoded.dictionary.to_pylist()
-    if isinstance(feature, datasets.ClassLabel):
-        values = [feature.names[v] if v is not None and 0 <= v < feature.num_classes else None for v in values]
-    elif by_name:
-        values = [str(v) for v in values]
-    table = np.array([position.get(value, -1) for value in values] + [-1])
-    return table[encoded.indices.fill_null(len(values)).to_numpy(zero_copy_only=False)]
-
-
-def _refuse_free_text(names: list[Any], splits: dict[str, datasets.Dataset]) -> None:
-    rows = len(next(iter(splits.values())))
-    if len(names) > max(100, rows // 2):
-        cause = f"the column of the classes holds {len(names)} different values in {rows} rows"
-        raise DataError(cause, "this looks like no class; name another: data.columns.label=COLUMN")
-
-
-def _warn_of_classes(parts: dict[str, _Part], labels: list[str], name: str) -> None:
+def _warn_of_classes(parts: dict[str, _Part], names: list[str], name: str, all_known: bool) -> None:
+    """all_known: whether the training rows here are all that there are."""
     for split, part in parts.items():
         assert part.classes is not None
-        counts = np.bincount(part.classes[part.keep][part.classes[part.keep] >= 0], minlength=len(labels))
+        counts = np.bincount(part.classes[part.keep][part.classes[part.keep] >= 0], minlength=len(names))
         if (counts > 0).sum() == 1 and counts.sum() > 1:
-            only = labels[int(counts.argmax())]
+            only = names[int(counts.argmax())]
             logger.warning("data '%s': all %d rows of %s have a single class, '%s'", name, counts.sum(), split, only)
-        elif split == "train" and (counts == 0).any():
-            missing = [label for label, count in zip(labels, counts, strict=True) if not count]
+        elif split == "train" and all_known and (counts == 0).any():
+            missing = [label for label, count in zip(names, counts, strict=True) if not count]
             shown = ", ".join(missing[:5])
             logger.warning("data '%s': %d classes have no training rows: %s", name, len(missing), shown)
 
@@ -460,3 +444,54 @@ def _limit(part: _Part, split: str, data: Data) -> None:
     limit = limits if isinstance(limits, int) else limits.get(split)
     if limit and limit < len(part.keep):
         part.keep = np.sort(random.permutation(part.keep)[:limit])
+
+
+# --- streams --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Refine:
+    """What `prepare` does to training rows, done to some of a stream's.
+
+    held_out: hashes of rows that are not to be trained on.
+    """
+
+    name: str
+    data: Data
+    features: datasets.Features
+    roles: dict[str, str]
+    labels: Labels | None
+    held_out: np.ndarray
+
+    def __call__(self, rows: list[Row], numbers: Sequence[int]) -> list[Row]:
+        found = in_memory(rows, self.features)
+        keep = _where(found, self.data.where, "train", none_do=True)
+        part = _part(found, self.roles, "train", keep, numbers)
+        leave_out = np.isin(_row_hashes(part.rows, [role for role in self.roles if role != "label"]), self.held_out)
+        drop = self.data.drop or []
+        if "empty" in drop:
+            leave_out |= _empty(part.rows, self.roles)
+        if self.labels is not None:
+            column = self._encoded(part.rows)
+            part.rows = part.rows.remove_columns("label").add_column("label", column)
+            if self.labels.kind == "class" and (self.data.labels or "unlabelled" in drop):
+                leave_out |= column < 0
+        part.narrow(~leave_out)
+        _fill_gaps(part, "train", self.name)
+        return _selected(part).with_format("arrow")[:].to_pylist()
+
+    def _encoded(self, rows: datasets.Dataset) -> Any:
+        assert self.labels is not None
+        if self.labels.kind == "number":
+            return self.labels.encode(rows)
+        strange, column = self.labels.encode(rows, unknown=-2), arrow(rows, "label")
+        is_strange = np.asarray(strange.flatten() if self.labels.kind == "classes" else strange) == -2
+        values = labels.flatten(column)[0] if self.labels.kind == "classes" else column
+        found = values.take(pa.array(np.flatnonzero(is_strange))).to_pylist()
+        found = [value for value in found if value != -1]  # by custom, -1 is a row without a label
+        if found and not self.data.labels:
+            raise DataError(
+                f"data '{self.name}': the streamed rows have a class '{found[0]}', which their first {HEAD} had not",
+                "name all classes: data.labels=[...]",
+            )
+        return self.labels.encode(rows)

@@ -4,7 +4,7 @@ their rows count on every rank."""
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from kt_hf import randomness
 from kt_hf.errors import DataError, RecipeError
 from kt_hf.loader import Collate, Plan, Rows, Windows, load_batches, transforms
 from kt_hf.packing import Packed
+from kt_hf.streaming import Place, StreamedRows, StreamPlan
 from kt_hf.task import Batch
 
 if TYPE_CHECKING:
@@ -29,8 +30,8 @@ Sizes = dict[str, tuple[int, ...]]
 class _Source:
     """Rows of one stream and the plan by which they become batches."""
 
-    rows: Rows | Packed
-    plan: Plan
+    rows: Rows | Packed | StreamedRows
+    plan: Plan | StreamPlan
 
 
 @dataclass
@@ -47,6 +48,7 @@ class Feed:
     stream_info: Callable[[str], DataInfo] | None
     stop: int
     sources: dict[str, _Source] = field(default_factory=dict)
+    places: dict[str, Place | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         rows = self._rows(self.run.info, self.data.augment, self.training.seed)
@@ -64,9 +66,20 @@ class Feed:
                     owners[name] = owner, stream
                     self.sources.update(self._extra(owner, name, stream))
 
-    def _rows(self, info: DataInfo, augment: Any, seed: int) -> Rows | Packed:
+    def _rows(self, info: DataInfo, augment: Any, seed: int) -> Rows | Packed | StreamedRows:
         run = self.run
         return training_rows(run.accelerator, run.task, run.loaded, info, self.training, augment, seed)
+
+    def rows_at_hand(self) -> Rows | Packed:
+        """The training rows, where they are not streamed."""
+        rows = self.sources["train"].rows
+        assert not isinstance(rows, StreamedRows)
+        return rows
+
+    def some_rows(self) -> Rows | Packed:
+        """Training rows to look at: all of them, or a stream's first."""
+        rows = self.sources["train"].rows
+        return rows.head if isinstance(rows, StreamedRows) else rows
 
     def _extra(self, owner: str, name: str, stream: Stream) -> dict[str, _Source]:
         """The sources of an extra stream: as many as it has views, each with draws of its own."""
@@ -76,10 +89,14 @@ class Feed:
         else:
             assert self.stream_info is not None
             info = self.stream_info(stream.data)
-            packing = self.training.packing
-            count = len(self._rows(info, stream.augment, seed) if packing else info.splits["train"])
             size = max(1, round(global_batch(self.training, self.run.world) * stream.ratio))
-            plan = Plan(count, min(size, count), seed % 2**32, drop_last=True)
+            if info.stream is not None:
+                plan = StreamPlan(info.stream, size, seed % 2**32, drop_last=True)
+            else:
+                count = len(info.splits["train"])
+                if self.training.packing:
+                    count = len(self._rows(info, stream.augment, seed))  # type: ignore[arg-type]
+                plan = Plan(count, min(size, count), seed % 2**32, drop_last=True)
         keys = [name] if stream.views == 1 else [f"{name}.{view}" for view in range(stream.views)]
         return {key: _Source(self._rows(info, stream.augment, seed + view), plan) for view, key in enumerate(keys)}
 
@@ -98,11 +115,12 @@ class Feed:
         workers, micro_batches = self.training.dataloader_num_workers, self.training.gradient_accumulation_steps
         windows = {name: self.windows(name, start, stop) for name in self.sources}
         loaders = {name: load_batches(s.rows, windows[name], workers, pin) for name, s in self.sources.items()}
-        sizes = {name: w.sizes() for name, w in windows.items()}
         try:
             for _ in range(start, stop):
-                now = {name: next(s) for name, s in sizes.items()}
                 window = [{name: next(loader) for name, loader in loaders.items()} for _ in range(micro_batches)]
+                now = {}
+                for name in self.sources:
+                    now[name], self.places[name] = windows[name].passed.popleft()
                 yield window, [{name: now[name][i] for name in now} for i in range(micro_batches)]
         finally:
             for loader in loaders.values():
@@ -115,7 +133,7 @@ class Feed:
             windows = self.windows(name, step, step + 1)
             collate = Collate(self.run.task, self.run.loaded)
             batches[name] = collate(source.rows.__getitems__(next(iter(windows))))
-            sizes[name] = next(windows.sizes())[0]
+            sizes[name] = windows.passed[0][0][0]
         return batches, sizes
 
     def check_learnable(self) -> None:
@@ -124,7 +142,7 @@ class Feed:
 
         Raises `DataError`.
         """
-        rows, task = self.sources["train"].rows, self.run.task
+        rows, task = self.some_rows(), self.run.task
         collate, found = Collate(task, self.run.loaded), dict[str, int]()
         for start in range(0, len(rows), 64):
             batch = collate(rows.__getitems__([(0, i) for i in range(start, min(start + 64, len(rows)))]))
@@ -141,24 +159,45 @@ class Feed:
     def index(self, step: int) -> np.ndarray:
         """`index` of all training rows of a step, for messages."""
         source = self.sources["train"]
-        return source.rows.index_of(self.windows("train", step, step + 1).rows(step))
+        _, rows, _ = next(iter(source.plan.steps(step, step + 1)))
+        return source.rows.index_of(rows)  # type: ignore[arg-type]
+
+    def state(self, step: int) -> dict[str, Any]:
+        """Where streams stand in front of a step, the next one to be taken; reading begins there if it is asked for."""
+        streamed = {name: place for name, place in self.places.items() if place is not None}
+        for name, place in streamed.items():
+            self.sources[name].plan.reached(step, place)  # type: ignore[union-attr]
+        return {name: asdict(place) for name, place in streamed.items()}
+
+    def restore(self, step: int, state: dict[str, Any]) -> None:
+        for name, place in state.items():
+            plan = self.sources[name].plan
+            assert isinstance(plan, StreamPlan)
+            plan.reached(step, Place(**place))
 
 
 def training_rows(
     accelerator: Any, task: Any, loaded: Any, info: DataInfo, training: Training, augment: Any, seed: int
-) -> Rows | Packed:
+) -> Rows | Packed | StreamedRows:
     """What batches of the training split are made of: its rows, or bins of them."""
     with accelerator.main_process_first():  # the others find what it has preprocessed
         rows = Rows(info, "train", task, loaded, transforms(augment), seed, train=True)
+    if info.stream is not None:
+        return StreamedRows(rows)
     return Packed(rows) if training.packing and task.packs != "rows" else rows
 
 
-def batch_plan(run: Run, training: Training, strategies: dict[str, Strategy], rows: Rows | Packed) -> Plan:
+def batch_plan(
+    run: Run, training: Training, strategies: dict[str, Strategy], rows: Rows | Packed | StreamedRows
+) -> Plan | StreamPlan:
     """How training rows become global batches: as `train_sampling_strategy` says, or a strategy's `batches`."""
+    size, drop_last = global_batch(training, run.world), training.dataloader_drop_last
+    if isinstance(rows, StreamedRows):
+        assert run.info.stream is not None
+        return StreamPlan(run.info.stream, size, training.seed, drop_last)
     source, order = run.info.splits["train"], training.train_sampling_strategy
     custom = next((s.batches for s in strategies.values() if s.batches is not None), None)
     lengths = rows.lengths() if order == "group_by_length" else None
-    size, drop_last = global_batch(training, run.world), training.dataloader_drop_last
     return Plan(len(rows), size, training.seed, drop_last, custom, source, order, lengths)
 
 

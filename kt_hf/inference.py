@@ -16,7 +16,6 @@ from typing import Any
 
 import datasets
 import numpy as np
-import torch
 
 from kt_hf import ensembling, evaluation, launch, loading, registry, stages
 from kt_hf import recipe as grammar
@@ -30,19 +29,11 @@ from kt_hf.task import FACTS, Loaded, Task
 
 Table = dict[str, list[Any]]
 """Columns by name, N rows each."""
-ARCHITECTURES = {
-    "ForImageClassification": "image-classification",
-    "ForSequenceClassification": "text-classification",
-    "ForCausalLM": "text-generation",
-    "LMHeadModel": "text-generation",
-    "DualEncoderModel": "zero-shot-image-classification",
-    "CLIPModel": "zero-shot-image-classification",
-    "SiglipModel": "zero-shot-image-classification",
-    "Siglip2Model": "zero-shot-image-classification",
+MEDIA = {
+    "image": (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"),
+    "audio": (".wav", ".flac", ".ogg", ".mp3"),
 }
-"""How the names of transformers' classes end -> task."""
-ADAPTERS = {"SEQ_CLS": "text-classification", "CAUSAL_LM": "text-generation"}
-IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+"""Kind of a role -> how files that are one row of it end."""
 TABLES = (".parquet", ".csv", ".tsv", ".json", ".jsonl", ".arrow", ".txt")
 
 
@@ -97,11 +88,26 @@ def infer_task(model: str) -> str | None:
         return "zero-shot-image-classification"
     if (folder / loading.ADAPTER).is_file():
         adapter = json.loads((folder / loading.ADAPTER).read_text())
-        return ADAPTERS.get(adapter.get("task_type")) or infer_task(adapter["base_model_name_or_path"])
+        kind = adapter.get("task_type")
+        named = next((name for name, task in _tasks().items() if kind and task.adapter_type == kind), None)
+        return named or infer_task(adapter["base_model_name_or_path"])
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise RecipeError(f"'{model}' has no config.json", "name a model's folder or a Hub id")
-    names = loading.config_of(Model(path=model)).architectures or []
-    return next((task for name in names for end, task in ARCHITECTURES.items() if name.endswith(end)), None)
+    names = set(loading.config_of(Model(path=model)).architectures or [])
+    fitting = {name: task.architectures() for name, task in _tasks().items()}
+    fitting = {name: classes for name, classes in fitting.items() if classes & names}
+    return min(fitting, key=lambda name: len(fitting[name]), default=None)  # the most special one
+
+
+def _tasks() -> dict[str, type[Task]]:
+    """The tasks that can be imported."""
+    found: dict[str, type[Task]] = {}
+    for name in registry.names("task"):
+        try:
+            found[name] = registry.load("task", name)
+        except RecipeError:
+            continue  # somebody's broken task hurts nobody else
+    return found
 
 
 def model_labels(model: str) -> list[str] | None:
@@ -122,7 +128,7 @@ def load(model: str, task: Task, info: DataInfo) -> Predictor:
     folder = Path(model)
     if ensembling.is_ensemble(folder):
         paths, combine = ensembling.members(folder)
-        return Predictor(task, [task.load(Model(path=str(path)), info) for path in paths], combine)
+        return Predictor(task, [_settled(task.load(Model(path=str(path)), info)) for path in paths], combine)
     loaded = task.load(Model(path=model), info)
     if loaded.new_parameters:
         names = ", ".join(loaded.new_parameters[:3])
@@ -130,7 +136,12 @@ def load(model: str, task: Task, info: DataInfo) -> Predictor:
             f"model '{model}' has no trained head for this task ({names} are new)",
             "train it first, or name another --task",
         )
-    return Predictor(task, [loaded])
+    return Predictor(task, [_settled(loaded)])
+
+
+def _settled(loaded: Loaded) -> Loaded:
+    loaded.model.to(_accelerator().device).eval()
+    return loaded
 
 
 # --- predict ---------------------------------------------------------------------------------------------------------
@@ -147,8 +158,7 @@ def predict(
 ) -> Table:
     """A row for each input: texts and image files are one row, data files and folders as many as they have.
 
-    Classes come with `prediction` and `probability`; generated texts with the geometric mean of their tokens'
-    probabilities.
+    What comes besides `prediction` is the task's to say (`Task.answer`).
     """
     model = _settle_model(model)
     name = task or infer_task(model)
@@ -159,60 +169,13 @@ def predict(
         )
     settled: Task = registry.load("task", name)()
     rows, roles, shown = read_inputs(inputs, settled, split)
-    fixed = name in ("image-classification", "text-classification")
-    if fixed and labels:
-        raise RecipeError("--labels: this model has classes of its own", "leave --labels out")
-    classes = model_labels(model) if fixed else labels
-    info = DataInfo("inputs", {"test": rows}, roles, classes, f"inputs-{rows._fingerprint}")
-    if name == "text-generation":
-        return {"input": shown, **_generate(load(model, settled, info), rows, roles, max_new_tokens)}
-    if name.startswith("zero-shot") and not labels:
+    if settled.classes_from == "user" and not labels:
         raise RecipeError("this model has to be told what to look for", "name the classes: --labels cat,dog,owl")
-    predictor = load(model, settled, info)
-    return {"input": shown, **_classes(predictor, predictor.scores(info, "test"))}
-
-
-def _classes(predictor: Predictor, found: dict[str, np.ndarray]) -> Table:
-    if "scores" not in found:
-        raise RecipeError(f"{type(predictor.task).__name__} does not predict classes", "use kt-hf evaluate")
-    names = predictor.members[0].labels or []
-    chances_NC = torch.from_numpy(found["scores"]).double().softmax(-1).numpy()
-    best_N = chances_NC.argmax(1)
-    return {"prediction": [names[i] for i in best_N], "probability": [float(p) for p in chances_NC.max(1)]}
-
-
-def _generate(predictor: Predictor, rows: datasets.Dataset, roles: dict[str, str], max_new_tokens: int) -> Table:
-    """Greedy continuations, one row at a time, so that no padding takes part."""
-    if predictor.combine is not None:
-        raise RecipeError(
-            "an ensemble of language models does not generate", "use kt-hf evaluate, or one of its members"
-        )
-    loaded, device = predictor.members[0], _accelerator().device
-    model: Any = loaded.model.to(device).eval()
-    said, chances = [], []
-    for row in rows:
-        given = next(row[role] for role in ("messages", "prompt", "text") if role in roles)
-        if isinstance(given, list):
-            ids = loaded.processor.apply_chat_template(
-                given, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )["input_ids"]
-        else:
-            ids = loaded.processor(given, return_tensors="pt")["input_ids"]
-        with torch.no_grad():
-            out = model.generate(
-                ids.to(device),
-                attention_mask=torch.ones_like(ids).to(device),
-                do_sample=False,
-                max_new_tokens=max_new_tokens,
-                pad_token_id=loaded.processor.pad_token_id,
-                return_dict_in_generate=True,
-                output_scores=True,
-            )
-        new = out.sequences[0, ids.shape[1] :]
-        logs = [float(s[0].float().log_softmax(-1)[t]) for s, t in zip(out.scores, new, strict=False)]
-        said.append(loaded.processor.decode(new, skip_special_tokens=True))
-        chances.append(float(np.exp(np.mean(logs))) if logs else 1.0)
-    return {"prediction": said, "probability": chances}
+    if settled.classes_from != "user" and labels:
+        raise RecipeError("--labels: this model has classes of its own, or none", "leave --labels out")
+    classes = model_labels(model) if settled.classes_from == "model" else labels
+    info = DataInfo("inputs", {"test": rows}, roles, classes, f"inputs-{rows._fingerprint}")
+    return {"input": shown, **settled.answer(load(model, settled, info), info, max_new_tokens)}
 
 
 def read_inputs(
@@ -220,11 +183,8 @@ def read_inputs(
 ) -> tuple[datasets.Dataset, dict[str, str], list[str]]:
     """(rows with the task's role columns and `index`, role -> column, what is shown of each row)."""
     tables = [item for item in inputs if Path(item).suffix.lower() in TABLES or Path(item).is_dir()]
-    missing = [
-        item
-        for item in inputs
-        if Path(item).suffix.lower() in (*IMAGES, *TABLES) and " " not in item and not Path(item).exists()
-    ]
+    files = {*TABLES, *(suffix for suffixes in MEDIA.values() for suffix in suffixes)}
+    missing = [i for i in inputs if Path(i).suffix.lower() in files and " " not in i and not Path(i).exists()]
     if missing:
         raise DataError(f"there is no file '{missing[0]}'", "name an existing file, or a text")
     if tables and len(inputs) > 1:
@@ -240,8 +200,8 @@ def read_inputs(
     rows = rows.select_columns(list(columns))
     rows = rows.rename_columns({c: f"__{r}" for c, r in columns.items()}).rename_columns({f"__{r}": r for r in roles})
     shown = list(inputs) if not tables else [f"{Path(tables[0]).name}[{i}]" for i in range(len(rows))]
-    text = next((r for r in ("text", "prompt") if r in roles), None)
-    if tables and text is not None and "image" not in roles:
+    text = next((r for r in ("text", "prompt", "question") if r in roles), None)
+    if tables and text is not None and not set(MEDIA) & set(roles):
         shown = [str(value) for value in rows[text]]
     return rows.add_column("index", np.arange(len(rows))), {role: role for role in roles}, shown
 
@@ -254,20 +214,32 @@ def _table(path: str, split: str | None) -> datasets.Dataset:
 
 
 def _single(inputs: Sequence[str], task: Task) -> datasets.Dataset:
-    """Texts or image files, by what the task reads."""
-    wanted = {r.name for r in task.roles if r.required} or {r.name for r in task.roles}
-    images = [Path(item).suffix.lower() in IMAGES and Path(item).is_file() for item in inputs]
-    if all(images):
-        return datasets.Dataset.from_dict(
-            {"image": list(inputs)}, features=datasets.Features({"image": datasets.Image()})
-        )
-    if any(images) or ("image" in wanted and "text" not in wanted) or wanted == {"image"}:
-        odd = inputs[images.index(False)]
+    """Texts, or files of one kind, for the one column that the task reads."""
+    found = [_medium(item) for item in inputs]
+    wanted = [role for role in task.roles if role.name != "label" and role.required]
+    wanted = wanted or [role for role in task.roles if role.name == "text"]
+    kind = found[0]
+    role = next((role for role in wanted if kind in role.kinds), None)
+    if role is None or len(set(found)) > 1 or len(wanted) > 1:
+        fits = [any(kind in role.kinds for role in wanted) for kind in found]
+        odd = inputs[fits.index(False) if False in fits else 0]
+        needed = " and ".join(f"{role.name} ({role.kinds[0]})" for role in wanted)
+        ends = ", ".join(suffix for r in wanted for suffix in MEDIA.get(r.kinds[0], ())[:3])
+        medium = len(wanted) == 1 and wanted[0].kinds[0] in MEDIA
+        what = f"no {wanted[0].kinds[0]} file" if medium else f"not all that the task reads: {needed}"
         raise DataError(
-            f"'{odd[:80]}' is no image file",
-            f"name files that end in {', '.join(IMAGES[:3])}, or a data file or folder",
+            f"'{odd[:80]}' is {what}",
+            f"name {f'files that end in {ends}, or ' if ends else ''}a data file or folder",
         )
-    return datasets.Dataset.from_dict({"text": list(inputs)})
+    features = {"image": datasets.Image(), "audio": datasets.Audio(decode=False)}
+    kinds = datasets.Features({role.name: features.get(kind, datasets.Value("string"))})
+    return datasets.Dataset.from_dict({role.name: list(inputs)}, features=kinds)
+
+
+def _medium(item: str) -> str:
+    """The kind of role that an input is for."""
+    suffix = Path(item).suffix.lower()
+    return next((kind for kind, ends in MEDIA.items() if suffix in ends and Path(item).is_file()), "string")
 
 
 # --- evaluate --------------------------------------------------------------------------------------------------------
@@ -291,6 +263,7 @@ def evaluate(model: str, data: str, settings: Sequence[str] = (), *, task: str |
         name = fitting[0][0]
     settled: Task = stages.build("task", stage.task or {name: {}}, stage, checked)
     info = prepare(stage.data[0], stage.data[1], settled)
+    settled.settle(info)
     predictor = load(model, settled, info)
     split = info.evaluation_split
     found = predictor.scores(info, split)

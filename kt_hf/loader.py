@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import sys
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from kt_hf.data import DataInfo
     from kt_hf.packing import Packed
+    from kt_hf.streaming import StreamedRows, StreamPlan
 
 _MEMORY_LIMIT = 256 * 2**20
 """Bytes of preprocessed images per split up to which they are kept in memory."""
@@ -70,6 +72,27 @@ class Plan:
             order = np.random.default_rng([self.seed, epoch]).permutation(self.num_rows)
         return [order[i * self.global_batch : (i + 1) * self.global_batch] for i in range(self.steps_per_epoch)]
 
+    def steps(self, start: int, stop: int) -> Iterator[tuple[int, np.ndarray, None]]:
+        """(epoch, row positions of the global batch, nothing to remember) of every step.
+
+        Raises `DataError` where an epoch does not fill a batch.
+        """
+        self.check()
+        epoch, found = -1, []
+        for step in range(start, stop):
+            if step // self.steps_per_epoch != epoch:
+                epoch = step // self.steps_per_epoch
+                found = self.epoch(epoch)
+            yield epoch, found[step % self.steps_per_epoch], None
+
+    def check(self) -> None:
+        """Raises `DataError` where an epoch does not fill a batch."""
+        if self.steps_per_epoch == 0:
+            raise DataError(
+                f"{self.num_rows} training rows do not fill a batch of {self.global_batch}",
+                "lower the batch size, or dataloader_drop_last=false",
+            )
+
     def _custom(self, epoch: int) -> list[np.ndarray]:
         assert self.custom is not None
         found = [
@@ -110,43 +133,24 @@ def slices(rows: np.ndarray, world: int, rank: int, micro_batches: int) -> list[
 
 
 class Windows:
-    """Batch sampler: from `start` on, every micro-batch of every step, as (epoch, position) pairs.
+    """Batch sampler: from `start` on, every micro-batch of every step, as (epoch, row) pairs: rows are positions, or
+    what streams hold.
 
-    An empty micro-batch is sent as one row, so that ranks stay in step; `sizes` says how many rows count.
+    An empty micro-batch is sent as one row, so that ranks stay in step. `passed`: per step, in front of its first
+    micro-batch, (rows of each rank that count in each micro-batch, place after it in a stream).
     """
 
-    def __init__(self, plan: Plan, start: int, stop: int, world: int, rank: int, micro_batches: int):
-        if plan.steps_per_epoch == 0:
-            raise DataError(
-                f"{plan.num_rows} training rows do not fill a batch of {plan.global_batch}",
-                "lower the batch size, or dataloader_drop_last=false",
-            )
+    def __init__(self, plan: Plan | StreamPlan, start: int, stop: int, world: int, rank: int, micro_batches: int):
         self.plan, self.start, self.stop = plan, start, stop
         self.world, self.rank, self.micro_batches = world, rank, micro_batches
+        self.passed: deque[tuple[list[tuple[int, ...]], Any]] = deque()
 
-    def batches(self) -> Iterator[tuple[int, np.ndarray]]:
-        """(epoch, row positions of the global batch) of every step."""
-        epoch, found = -1, []
-        for step in range(self.start, self.stop):
-            if step // self.plan.steps_per_epoch != epoch:
-                epoch = step // self.plan.steps_per_epoch
-                found = self.plan.epoch(epoch)
-            yield epoch, found[step % self.plan.steps_per_epoch]
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for epoch, rows in self.batches():
-            for part in slices(rows, self.world, self.rank, self.micro_batches):
-                yield [(epoch, int(i)) for i in (part if len(part) else [0])]
-
-    def sizes(self) -> Iterator[list[tuple[int, ...]]]:
-        """For every step and micro-batch, the rows of each rank that count."""
-        for _, rows in self.batches():
-            yield share(len(rows), self.world, self.micro_batches)
-
-    def rows(self, step: int) -> np.ndarray:
-        """All positions of a step's global batch, for messages."""
-        per_epoch = self.plan.steps_per_epoch
-        return self.plan.epoch(step // per_epoch)[step % per_epoch]
+    def __iter__(self) -> Iterator[list[tuple[int, Any]]]:
+        for epoch, rows, place in self.plan.steps(self.start, self.stop):
+            self.passed.append((share(len(rows), self.world, self.micro_batches), place))
+            for part in slices(np.arange(len(rows)), self.world, self.rank, self.micro_batches):
+                found = [rows[i] for i in part] or list(rows[:1]) or [0]
+                yield [(epoch, int(row) if isinstance(row, np.integer) else row) for row in found]
 
 
 class Rows(Dataset):
@@ -199,18 +203,22 @@ class Rows(Dataset):
             return [self.ready[p] for p in positions]
         if self.ready is not None:
             return _split_rows(self.ready[positions])
-        raw = self.source[positions]
-        if not self.random:
-            return _with_index(_preprocess(self.task, raw, self.loaded, self.train, None), raw)
-        rows = []
-        for i, (epoch, _) in enumerate(items):
-            one = {key: [values[i]] for key, values in raw.items()}
-            randomness.seed_all("sample", self.seed, epoch, one["index"][0])
-            rows += _with_index(_preprocess(self.task, one, self.loaded, self.train, self.augment), one)
-        return rows
+        return make_rows(self, self.source[positions], [epoch for epoch, _ in items])
 
     def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
         return self.__getitems__([item])[0]
+
+
+def make_rows(rows: Rows, raw: dict[str, list[Any]], epochs: Sequence[int]) -> list[dict[str, Any]]:
+    """Preprocess raw columns as `rows` does its own; what is random follows from the seed, the epoch and `index`."""
+    if not rows.random:
+        return _with_index(_preprocess(rows.task, raw, rows.loaded, rows.train, None), raw)
+    made = []
+    for i, epoch in enumerate(epochs):
+        one = {key: [values[i]] for key, values in raw.items()}
+        randomness.seed_all("sample", rows.seed, epoch, one["index"][0])
+        made += _with_index(_preprocess(rows.task, one, rows.loaded, rows.train, rows.augment), one)
+    return made
 
 
 def _preprocess(task: Task, raw: dict[str, list[Any]], loaded: Loaded, train: bool, augment: Any) -> dict[str, Any]:
@@ -316,7 +324,9 @@ class Collate:
         return self.task.collate(rows, self.loaded)
 
 
-def load_batches(rows: Rows | Packed, batches: Any, num_workers: int, pin: bool) -> Generator[Batch, None, None]:
+def load_batches(
+    rows: Rows | Packed | StreamedRows, batches: Any, num_workers: int, pin: bool
+) -> Generator[Batch, None, None]:
     """Batches in the order of `batches`. A worker that dies is a `ResourceError`."""
     collate = Collate(rows.task, rows.loaded)
     if not num_workers and not pin:  # what the loader would do, without its 50 us

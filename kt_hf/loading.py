@@ -106,6 +106,14 @@ def load_model(auto: Any, ref: Model, labels: list[str] | None = None, **changes
         return Loaded(model, None, labels, _identity(labels), {"config": ref.config}, new_parameters=new)
 
     what, replace = f"model '{ref.path}'", False
+    if labels is None and "num_labels" in changes and has_head(auto, config):
+        former = config_of(ref).num_labels
+        replace = former != changes["num_labels"]
+        if replace and not ref.replace_head:
+            raise RecipeError(
+                f"{what} has a head of {former} outputs, the data ask for {changes['num_labels']}",
+                "set model.replace_head=true for a new head",
+            )
     names = labels
     ids = _identity(labels)
     if labels is not None:

@@ -91,7 +91,8 @@ class Data(Noun):
     split -> theirs. where: column -> value or values to keep. labels: names of the classes to keep. k_shot: training
     examples per class. max_examples: at most so many rows per split. validation_size: fraction or number of training
     rows held out when there is no validation split. drop: kinds of rows to drop (all are counted). augment:
-    torchvision v2 transforms, by name. seed: of the subsets and splits.
+    torchvision v2 transforms, by name. seed: of the subsets and splits. streaming: read training rows as they are used,
+    in random order within every `shuffle_buffer` rows; labels, sizes and baselines are then those of the first rows.
     """
 
     def __init__(
@@ -110,6 +111,8 @@ class Data(Noun):
         drop: list[Literal["empty", "duplicates", "overlap", "unlabelled", "unreadable"]] | None = None,
         augment: list[Named] | None = None,
         seed: Seed = 0,
+        streaming: bool = False,
+        shuffle_buffer: Positive = 1000,
         **unknown: Any,
     ): ...
 

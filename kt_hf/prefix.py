@@ -212,7 +212,7 @@ def find(trainer: Trainer) -> Prefix | None:
 
 
 def _find(trainer: Trainer) -> Prefix:
-    bundle, rows, run = trainer.bundle, trainer.feed.sources["train"].rows, trainer.run_facts
+    bundle, rows, run = trainer.bundle, trainer.feed.rows_at_hand(), trainer.run_facts
     frozen = _frozen_layers(bundle)
     _check_settings(trainer)
     few = list(range(min(_WATCHED, len(rows))))
@@ -253,7 +253,7 @@ def _frozen_layers(bundle: Bundle) -> set[int]:
 
 def _check_settings(trainer: Trainer) -> None:
     """Refuse what is known without running the model."""
-    t, bundle, source = trainer.training, trainer.bundle, trainer.feed.sources["train"]
+    t, bundle, rows = trainer.training, trainer.bundle, trainer.feed.rows_at_hand()
     config = getattr(bundle.model, "config", None)
     skips = [k for k, v in vars(config).items() if k.endswith("layerdrop") and v] if config is not None else []
     compiled = [n for n, m in bundle.named_modules() if getattr(m, "_compiled_call_impl", None) is not None]
@@ -261,7 +261,7 @@ def _check_settings(trainer: Trainer) -> None:
     kind = trainer.accelerator.distributed_type
     known = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
     reasons = [
-        (source.rows.random, "training rows are made anew in every epoch (augmentation)", "leave data.augment out"),
+        (rows.random, "training rows are made anew in every epoch (augmentation)", "leave data.augment out"),
         (
             bool(bundle.changers),
             f"'{next(iter(bundle.changers), '')}' changes batches before the model sees them",
@@ -283,12 +283,12 @@ def _check_settings(trainer: Trainer) -> None:
         (bool(hooked), f"somebody else listens to the modules {', '.join(hooked[:3])}", "remove the hooks"),
         (kind not in known, f"weights are sharded by {kind.value}", "use one process, MULTI_GPU or MULTI_CPU"),
         (
-            len(np.unique(source.rows.index)) != len(source.rows),
+            len(np.unique(rows.index)) != len(rows),
             "training rows cannot be told apart by their index",
             "",
         ),
         (
-            trainer.run_facts.planned_steps < 2 * source.plan.steps_per_epoch,
+            trainer.run_facts.planned_steps < 2 * trainer.feed.sources["train"].plan.steps_per_epoch,
             "the training has fewer than two epochs",
             "train for at least two epochs",
         ),
@@ -314,7 +314,7 @@ def _of_library(hook: Any) -> bool:
 
 
 def _batch(trainer: Trainer, positions: Sequence[int]) -> Batch:
-    rows = trainer.feed.sources["train"].rows
+    rows = trainer.feed.rows_at_hand()
     collate = Collate(rows.task, trainer.loaded)
     return evaluation.to_device(collate(rows.__getitems__([(0, i) for i in positions])), trainer.run_facts.device)
 
@@ -520,7 +520,7 @@ def _key(trainer: Trainer, prefix: Prefix) -> tuple[str, dict[str, Any]]:
     """(name of the file, all that its contents depend on)."""
     import transformers
 
-    bundle, rows, info = trainer.bundle, trainer.feed.sources["train"].rows, trainer.info
+    bundle, rows, info = trainer.bundle, trainer.feed.rows_at_hand(), trainer.info
     model: Any = bundle.model
     config = getattr(model, "config", None)
     facts = {
@@ -554,7 +554,7 @@ def _weights(bundle: Bundle) -> str:
 
 def _fill(trainer: Trainer, prefix: Prefix, key: str, facts: dict[str, Any]) -> None:
     """Compute what is kept of every row; ranks take turns in batches that do not depend on their number."""
-    run, t, rows = trainer.run_facts, trainer.training, trainer.feed.sources["train"].rows
+    run, t, rows = trainer.run_facts, trainer.training, trainer.feed.rows_at_hand()
     size = t.per_device_eval_batch_size
     lengths_N = _lengths(trainer) if any(leaf.block.tokens for leaf in prefix.leaves) else None
     layout = Layout([leaf.block for leaf in prefix.leaves], len(rows), lengths_N)
@@ -585,7 +585,7 @@ def _fill(trainer: Trainer, prefix: Prefix, key: str, facts: dict[str, Any]) -> 
 
 def _lengths(trainer: Trainer) -> np.ndarray:
     """Real tokens of every row."""
-    rows = trainer.feed.sources["train"].rows
+    rows = trainer.feed.rows_at_hand()
     items = [[(0, i) for i in range(start, min(start + 256, len(rows)))] for start in range(0, len(rows), 256)]
     loaded = load_batches(rows, items, trainer.training.dataloader_num_workers, False)
     return np.concatenate([batch["attention_mask"].bool().sum(1).numpy() for batch in loaded])

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import csv
 import difflib
+import hashlib
+import itertools
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +37,18 @@ _READERS = {
 }
 _LAYOUT = "a folder with train.parquet, validation.parquet, test.parquet works as it is"
 _read: dict[Any, tuple[datasets.DatasetDict, int]] = {}
+_streamed: dict[Any, tuple[datasets.DatasetDict, datasets.IterableDataset]] = {}
+HEAD = 1000
+"""Rows at the beginning of a stream that stand for all of them, where something has to be known beforehand."""
+_END = 65536
+"""Bytes at the end of a file by which it is known again; Parquet keeps there what it holds."""
+_CSV: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}
+"""Only empty fields are missing: `NA` and `null` are text like any other."""
 
 
 def read(data: Data) -> datasets.DatasetDict:
-    """The splits of a data set, named as ours."""
-    return read_counted(data)[0]
+    """The splits of a data set, named as ours; of a streamed one, the first training rows."""
+    return read_streamed(data)[0] if data.streaming else read_counted(data)[0]
 
 
 def read_counted(data: Data) -> tuple[datasets.DatasetDict, int]:
@@ -68,6 +78,40 @@ def read_counted(data: Data) -> tuple[datasets.DatasetDict, int]:
     return _read[key]
 
 
+def read_streamed(data: Data) -> tuple[datasets.DatasetDict, datasets.IterableDataset]:
+    """(the first training rows and the other splits whole, all training rows to be read when used, not decoded).
+
+    Raises as `read_counted` does.
+    """
+    first = HEAD + (int(data.validation_size) if data.validation_size >= 1 else 0)
+    key = (data.path, data.name, data.revision, repr(data.splits), repr(data.max_examples), first, state(data))
+    if key not in _streamed:
+        while len(_streamed) >= 16:
+            _streamed.pop(next(iter(_streamed)))
+        try:
+            found = _open(data)
+            opened = _split_of(found, data, "train")
+            if opened is None:
+                raise DataError(f"data '{data.path}' has no training split to stream", "name it: data.splits.train=...")
+            head, opened = _head(opened, first)
+            parts = {"train": head}
+            for split in SPLITS[1:]:
+                rows = _split_of(found, data, split)
+                if rows is not None:
+                    parts[split] = _whole(rows, (data.max_examples or {}).get(split))  # type: ignore[union-attr]
+        except KtError:
+            raise
+        except Exception as error:
+            raise _unreadable(data, error) from error
+        _streamed[key] = _name_splits(datasets.DatasetDict(parts), Data(data.path)), opened
+    return _streamed[key]
+
+
+def state(data: Data) -> str:
+    """What changes when the files do."""
+    return str(_state(Path(data.path)))
+
+
 def _state(path: Path) -> Any:
     """What changes when the files do."""
     files = sorted(path.iterdir()) if path.is_dir() else [path]
@@ -87,6 +131,12 @@ def _load(data: Data, skip: bool) -> tuple[Any, int]:
         if not any(path.iterdir()):
             raise DataError(f"data '{data.path}': the folder is empty", _LAYOUT)
         return datasets.load_dataset(str(path), data.name), 0
+    _refuse_missing(data)
+    return datasets.load_dataset(data.path, data.name, revision=data.revision), 0
+
+
+def _refuse_missing(data: Data) -> None:
+    path = Path(data.path)
     if (
         path.is_absolute()
         or data.path.startswith(("./", "../", "~"))
@@ -94,7 +144,6 @@ def _load(data: Data, skip: bool) -> tuple[Any, int]:
         or path.suffix in _READERS
     ):
         raise DataError(f"data '{data.path}': there is no such folder or file", _siblings(path))
-    return datasets.load_dataset(data.path, data.name, revision=data.revision), 0
 
 
 def _siblings(path: Path) -> str:
@@ -181,8 +230,7 @@ def _with_reader(reader: str, path: Path, **options: Any) -> datasets.Dataset:
 
 def _read_csv(path: Path, skip: bool) -> tuple[datasets.Dataset, int]:
     separator = "\t" if path.suffix.lower() == ".tsv" else ","
-    # Only empty fields are missing: `NA` and `null` are text like any other.
-    options = {"sep": separator, "keep_default_na": False, "na_values": [""]}
+    options = {"sep": separator, **_CSV}
     bad = list(_bad_csv_lines(path, separator))
     if bad and not skip:
         raise _bad_lines(path, bad)
@@ -287,6 +335,138 @@ def mixed_row(rows: datasets.Dataset, column: str) -> tuple[int, str] | None:
         if len(kinds) > 1:
             return i + 1, " and ".join(kinds)
     return None
+
+
+# --- streams --------------------------------------------------------------------------------------------------------
+
+
+def _open(data: Data) -> Any:
+    """split -> rows that are read when they are used; of local files, the training one alone."""
+    path = Path(data.path)
+    files = {"train": path} if path.is_file() else _split_files(path, data.splits or {}) if path.is_dir() else {}
+    if files:
+        train = (data.splits or {}).get("train", "train")
+        return {split: _open_file(p) if split == train else _read_file(p, False)[0] for split, p in files.items()}
+    if path.is_dir():
+        if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+            cause = f"data '{data.path}' was saved for memory-mapped reading, which takes no more memory than a stream"
+            raise RecipeError(cause, "leave data.streaming out")
+        if not any(path.iterdir()):
+            raise DataError(f"data '{data.path}': the folder is empty", _LAYOUT)
+    else:
+        _refuse_missing(data)
+    return datasets.load_dataset(data.path, data.name, revision=data.revision, streaming=True)
+
+
+def _open_file(path: Path) -> datasets.IterableDataset:
+    """A file's rows; CSV and JSON lines are looked through first, so that nothing stops at a bad line later."""
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(f"cannot read {path.name}: unknown kind of file", f"use one of {', '.join(_READERS)}")
+    if path.stat().st_size == 0:
+        raise DataError(f"{path} is empty", "remove the file or fill it")
+    if reader == "csv":
+        return _open_csv(path)
+    if reader == "json":
+        _refuse_other_encodings(path)
+        bad = list(_bad_json_lines(path))
+        if bad:
+            raise _bad_lines(path, bad)
+    opened = datasets.load_dataset(reader, data_files=str(path), split="train", streaming=True)
+    return opened.reshard() if reader == "parquet" else opened  # its row groups, which are found without reading on
+
+
+def _open_csv(path: Path) -> datasets.IterableDataset:
+    """Columns have the types of the first rows: the library would find others in every piece of the file."""
+    separator = "\t" if path.suffix.lower() == ".tsv" else ","
+    bad = list(_bad_csv_lines(path, separator))
+    if bad:
+        raise _bad_lines(path, bad)
+    with tempfile.TemporaryDirectory() as folder, open(path, encoding="utf-8-sig", newline="") as source:
+        copy = Path(folder) / path.name
+        with open(copy, "w", encoding="utf-8", newline="") as target:
+            rows = csv.reader(source, delimiter=separator)
+            csv.writer(target, delimiter=separator).writerows(itertools.islice(rows, HEAD + 1))
+        features = _read_csv(copy, False)[0].features
+    texts = datasets.Features({name: datasets.Value("string") for name in features})
+    opened = datasets.load_dataset(
+        "csv", data_files=str(path), split="train", streaming=True, features=texts, sep=separator, **_CSV
+    )
+    return opened.map(_Typed(features, path.name), features=features)
+
+
+@dataclass
+class _Typed:
+    """The fields of a CSV row as what the columns hold."""
+
+    features: datasets.Features
+    name: str
+
+    def __call__(self, row: dict[str, str | None]) -> dict[str, Any]:
+        return {column: self.read(column, text) for column, text in row.items()}
+
+    def read(self, column: str, text: str | None) -> Any:
+        kind = self.features[column].dtype
+        if text is None or kind not in ("int64", "float64", "bool"):
+            return text
+        try:
+            return {"true": True, "false": False}[text.lower()] if kind == "bool" else _NUMBERS[kind](text)
+        except (KeyError, ValueError):
+            raise DataError(
+                f"{self.name}: column '{column}' holds {kind} in the first {HEAD} rows, later '{text[:50]}'",
+                "write one kind of value in a column, or leave data.streaming out",
+            ) from None
+
+
+_NUMBERS: dict[str, Callable[[str], Any]] = {"int64": int, "float64": float}
+
+
+def _head(opened: datasets.IterableDataset, count: int) -> tuple[datasets.Dataset, datasets.IterableDataset]:
+    """(the first rows, all rows as they are in the files)."""
+    opened = opened._resolve_features()
+    return _whole(opened, count), opened.decode(False)
+
+
+def _whole(rows: Any, limit: int | None) -> datasets.Dataset:
+    """Rows, or the first of them, at hand."""
+    if isinstance(rows, datasets.Dataset):
+        return rows
+    rows = rows._resolve_features()
+    found = list(rows.decode(False).take(limit) if limit else rows.decode(False))
+    return in_memory(found, rows.features)
+
+
+def in_memory(rows: list[dict[str, Any]], features: datasets.Features) -> datasets.Dataset:
+    """Rows that are not decoded, as a data set in memory."""
+    found = pa.Table.from_pylist(rows, schema=features.arrow_schema)
+    return datasets.Dataset(datasets.table.InMemoryTable(found), datasets.DatasetInfo(features=features))
+
+
+def ends(data: Data, opened: datasets.IterableDataset) -> str:
+    """What tells the files of a stream from others without reading them: their names, sizes and ends; commits of those
+    on the Hub."""
+    path = Path(data.path)
+    digest = hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+        if file.is_file():
+            size = file.stat().st_size
+            with open(file, "rb") as content:
+                content.seek(max(0, size - _END))
+                digest.update(f"{file.name} {size} ".encode() + content.read())
+    if not path.exists():
+        source = getattr(opened._ex_iterable, "ex_iterable", opened._ex_iterable)
+        digest.update(repr((data.revision, getattr(source, "kwargs", None))).encode())
+    return digest.hexdigest()[:16]
+
+
+def _split_of(found: Any, data: Data, split: str) -> Any:
+    """A split by our name, theirs, or a usual one; None where there is none."""
+    if not isinstance(found, dict):
+        return found if split == "train" else None
+    wanted = (data.splits or {}).get(split)
+    if wanted and wanted not in found:
+        raise RecipeError(f"data.splits.{split}: there is no split '{wanted}'", nearest(wanted, found))
+    return next((found[name] for name in ([wanted] if wanted else [split, *_ALIASES[split]]) if name in found), None)
 
 
 # --- errors ---------------------------------------------------------------------------------------------------------

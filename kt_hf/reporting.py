@@ -144,7 +144,8 @@ def _evidence(
     **extra: Any,
 ) -> SeedEvidence:
     references, guesses = None, None
-    if labels is not None and "scores" in found and "label" in found and found["scores"].ndim == 2:
+    has_classes = "scores" in found and "label" in found and found["scores"].ndim == 2 and found["label"].ndim == 1
+    if labels is not None and has_classes:
         order = _order(facts, len(labels))
         references = np.where(found["label"] >= 0, order[found["label"]], -1)
         guesses = order[found["scores"].argmax(1)]
@@ -176,9 +177,10 @@ def _baseline(
         scores = task.majority({"label": list(info.splits["train"]["label"])}, found, loaded, info)
         if scores is None:
             return "the task has no majority class"
-        most = np.bincount([y for y in info.splits["train"]["label"] if y >= 0]).argmax()
-        constant = {**found, "scores": np.zeros_like(found["scores"])} if "scores" in found else found
-        if "scores" in constant:
+        constant = dict(found)
+        if labels is not None and "scores" in found and found["label"].ndim == 1:
+            most = np.bincount([y for y in info.splits["train"]["label"] if y >= 0]).argmax()
+            constant["scores"] = np.zeros_like(found["scores"])
             constant["scores"][:, facts["label_ids"][most]] = 1
         return _evidence(scores, constant, facts, labels)
     if not (folder / "zero_shot.safetensors").is_file():

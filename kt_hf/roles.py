@@ -13,23 +13,35 @@ from kt_hf.task import Role, Task
 
 
 def kinds(feature: Any) -> tuple[str, ...]:
-    """What a column can serve as; a kind with `?` only where the column is named."""
-    if isinstance(feature, datasets.Image):
-        return ("image",)
+    """What a column can serve as; a kind with `?` only where the column is named.
+
+    image, audio, string, class, number; strings, classes, numbers, images: lists of them; messages: a chat; struct: a
+    mapping of fields, of which a task knows the names.
+    """
+    media = {datasets.Image: "image", datasets.Audio: "audio"}
+    if type(feature) in media:
+        return (media[type(feature)],)
     if isinstance(feature, datasets.ClassLabel):
         return ("class",)
     inner = getattr(feature, "feature", None)
     if inner is None and isinstance(feature, list):
         inner = feature[0]
-    if isinstance(inner, dict) and {"role", "content"} <= set(inner):
-        return ("messages",)
-    if inner is not None and getattr(inner, "dtype", None) in ("string", "large_string"):
-        return ("strings",)
+    if isinstance(inner, dict):
+        return ("messages",) if {"role", "content"} <= set(inner) else ("struct",)
+    if isinstance(feature, dict):
+        return ("struct",)
+    if inner is not None:
+        found = [kind.rstrip("?") for kind in kinds(inner)]
+        lists = {"string": "strings", "class": "classes", "number": "numbers", "image": "images"}
+        sure = [f"{lists[kind]}{'?' if f'{kind}?' in kinds(inner) else ''}" for kind in found if kind in lists]
+        return tuple(sure)
     dtype = getattr(feature, "dtype", None)
     if dtype in ("string", "large_string"):
         return ("string", "class?")
     if isinstance(dtype, str) and (dtype.startswith(("int", "uint")) or dtype == "bool"):
-        return ("class?",)
+        return ("class?", "number?")
+    if isinstance(dtype, str) and dtype.startswith("float"):
+        return ("number",)
     return ()
 
 

@@ -18,7 +18,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 
 from kt_hf import data as data_module
 from kt_hf import folder as folders
-from kt_hf import range_test, registry, sharding, skeleton, stages, trainer
+from kt_hf import range_test, registry, sharding, skeleton, stages, streaming, trainer
 from kt_hf import recipe as grammar
 from kt_hf.errors import Collector, RecipeError
 from kt_hf.recipe import Data, Ensemble, Evaluate, Merge, Model, Recipe, Stage, Train
@@ -217,6 +217,8 @@ def check_plugins_build(recipe: Recipe, settings: dict[tuple[str, str], dict[str
                 stack = stages.build_stack(stage, settings)
                 if task is not None:
                     trainer.check_stack(stack, stage.training, task, f"stages.{stage.name}")
+                if stage.data is not None:
+                    streaming.check(stage.data[1], stage.training, stack, task, f"stages.{stage.name}")
                 check_streams(stage, stack, recipe, collect)
                 with torch.device("cpu"):
                     trainer.optimizer.schedule(stage.training, 1)
@@ -250,17 +252,19 @@ def plan(context: Context, collect: Collector) -> None:
                     f"stages.{stage.name}: no data to measure the result on", "give the recipe or the stage data"
                 )
             info = context.info(stage)
+            context.task(stage).settle(info)
             if isinstance(stage, Train):
                 if "train" not in info.splits:
                     raise RecipeError(
                         f"stages.{stage.name}: the data have no training split", "name it: data.splits.train=..."
                     )
-                trainer.check_stack(
+                stack, task, where = (
                     stages.build_stack(stage, context.settings),
-                    stage.training,
                     context.task(stage),
                     f"stages.{stage.name}",
                 )
+                trainer.check_stack(stack, stage.training, task, where)
+                streaming.check(stage.data[1], stage.training, stack, task, where)
                 if isinstance(stage.training.learning_rate, list) and "validation" not in info.splits:
                     raise RecipeError(
                         f"stages.{stage.name}: choosing a learning rate needs validation data", "give one learning rate"
@@ -309,7 +313,7 @@ def _settle_task(context: Context, stage: Stage) -> Any:
 
 
 def _steps(context: Context, stage: Train) -> int:
-    count = len(context.info(stage).splits["train"])
+    count = context.info(stage).num_training_rows
     return trainer.planned_steps(stage.training, count, context.accelerator.num_processes)
 
 
@@ -321,7 +325,8 @@ def describe(context: Context) -> str:
     ]
     for stage in context.recipe.stages:
         info, seeds = context.info(stage), f" x {stage.seeds} seeds" if stage.seeds > 1 else ""
-        sizes = ", ".join(f"{len(rows)} {split}" for split, rows in info.splits.items())
+        sizes = ", ".join(f"{len(rows)} {split}" for split, rows in info.splits.items() if split in info.counts)
+        sizes = f"train streamed, {sizes}" if info.stream is not None else sizes
         head = f"  {stage.verb} {stage.name}{seeds}: {type(context.task(stage)).__name__} on {info.name} ({sizes})"
         if isinstance(stage, Train):
             steps = _steps(context, stage)

@@ -5,6 +5,7 @@ Shapes: B rows of a batch, N scored units (examples, tokens), C classes, D width
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,10 @@ from torch import nn
 from kt_hf.errors import RecipeError
 
 if TYPE_CHECKING:
+    import datasets
+
     from kt_hf.data import DataInfo
+    from kt_hf.inference import Predictor
     from kt_hf.recipe import Model
 
 Batch = dict[str, Any]
@@ -28,7 +32,7 @@ FACTS = "kt_hf.json"
 
 @dataclass(frozen=True)
 class Role:
-    """A column that a task reads. kinds: feature kinds it may have (`string`, `strings`, `image`, `class`, `messages`);
+    """A column that a task reads. kinds: feature kinds it may have (see `roles.kinds`);
     aliases: usual column names, most telling first."""
 
     name: str
@@ -67,10 +71,28 @@ class Scores:
     statistics: dict[str, Any] = field(default_factory=dict)
 
 
+@functools.cache
+def auto_classes(auto: str) -> frozenset[str]:
+    """Names of all classes that an `AutoModel...` of transformers may give."""
+    import transformers
+
+    names = getattr(transformers, auto)._model_mapping._model_mapping.values()
+    return frozenset(name for found in names for name in ([found] if isinstance(found, str) else found))
+
+
 class Task:
     """Base of every task. Its settings are the constructor's keyword arguments."""
 
     api_version: ClassVar[int] = 1
+    auto_class: ClassVar[str] = ""
+    """The class of transformers that loads its models, such as `AutoModelForImageClassification`."""
+    adapter_type: ClassVar[str] = ""
+    """What peft calls the task in an adapter's folder, such as `SEQ_CLS`."""
+    classes_from: ClassVar[Literal["model", "user"] | None] = None
+    """Who names the classes that `kt-hf predict` chooses from."""
+    conformance: ClassVar[dict[str, Any]] = {}
+    """How the kit tries it: `model`, settings of a tiny fresh model; `roles`, names of the columns that its rows have,
+    where those that are required do not do; `settings`, where the constructor needs some."""
     roles: ClassVar[tuple[Role, ...]] = ()
     unit: ClassVar[str] = "example"
     """What the loss and the scores are counted in."""
@@ -89,13 +111,29 @@ class Task:
     """How `training.packing` saves padding. `bins`: several rows share one long row, which is then a row of the batch;
     the loss is about tokens, and `forward` heeds `sequence_ids`. `rows`: batches stay as they are, the model's layers
     leave padding out; `forward` adds `unpadding.arguments(model, batch)` to its call of the model."""
+    label_kind: Literal["class", "classes", "number"] | None = None
+    """What kind of label the column is to be read as; by default, what it looks like."""
     random_rows: bool = False
     """Whether training rows are preprocessed anew in every epoch, because `preprocess` draws (a caption out of
     several)."""
 
+    @classmethod
+    def architectures(cls) -> frozenset[str]:
+        """Names of the classes of transformers that are for this task, by which a model's own files name it."""
+        return auto_classes(cls.auto_class) if cls.auto_class else frozenset()
+
+    @classmethod
+    def sample(cls, count: int, random: np.random.Generator) -> datasets.Dataset | None:
+        """Made-up rows for the conformance kit, with roles for columns. None: it makes them by the roles' kinds."""
+        return None
+
     def fits(self, roles: dict[str, str]) -> bool:
         """Whether rows with these roles (role -> column) are this task's, for a recipe without `task`."""
         return False
+
+    def settle(self, info: DataInfo) -> None:
+        """What follows from the data: the deciding metric, the kind of labels. Called once they are read; the same
+        again for the same data."""
 
     def load(self, ref: Model, info: DataInfo) -> Loaded:
         """Load or build the model and its processor, with labels mapped by name."""
@@ -169,6 +207,10 @@ class Task:
     def table(self, predictions: dict[str, np.ndarray], loaded: Loaded, info: DataInfo) -> dict[str, Any]:
         """Columns of predictions.parquet, N rows each, from which `measure` can be recomputed."""
         raise NotImplementedError
+
+    def answer(self, predictor: Predictor, info: DataInfo, max_new_tokens: int) -> dict[str, list[Any]]:
+        """Columns of `kt-hf predict` for the rows of `test`, N rows each, `prediction` first."""
+        raise RecipeError(f"{type(self).__name__} does not predict rows", "use kt-hf evaluate")
 
     def majority(
         self, train: dict[str, Any], predictions: dict[str, np.ndarray], loaded: Loaded, info: DataInfo

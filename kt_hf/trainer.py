@@ -23,7 +23,7 @@ from torch import nn
 from kt_hf import checkpoint, evaluation, optimizer, packing, randomness, range_test, sharding, signals, unpadding
 from kt_hf.bundle import Bundle, Position
 from kt_hf.clock import Clock, Tracer
-from kt_hf.errors import DataError, NonFiniteError, RecipeError
+from kt_hf.errors import NonFiniteError, RecipeError
 from kt_hf.facts import Run
 from kt_hf.feed import Feed, Sizes, global_batch
 from kt_hf.loader import Plan  # the plan checks transforms before data are read
@@ -92,7 +92,7 @@ class Trainer:
         self.feed = Feed(self.run_facts, self.training, self.data, self.strategies, self.stream_info, self.stop_at)
         if self.task.has_loss and all(s.task_weight(0.0) for s in self.strategies.values()):
             self.feed.check_learnable()
-        rows = self.feed.sources["train"].rows
+        rows = self.feed.some_rows()
         if isinstance(rows, packing.Packed):
             packing.check(self.bundle.model, self.task, rows, self.run_facts.device)
         try:
@@ -533,6 +533,7 @@ class Trainer:
             "global_batch": global_batch(self.training, self.run_facts.world),
             "data": self.info.fingerprint,
             "labels": self.loaded.labels,
+            "streams": self.feed.state(done),
         }
 
     def resume(self) -> int:
@@ -558,6 +559,7 @@ class Trainer:
         self.clock.seconds.update(facts["phases"])
         self.buffers_before = self.kept_buffers()
         self.saved = int(facts["step"])
+        self.feed.restore(self.saved, facts.get("streams", {}))
         logger.warning("%s: resumed at step %d", title(self.run_facts.folder), self.saved)
         now = {"world": self.run_facts.world, "threads": torch.get_num_threads()}
         for key, what in (("world", "processes"), ("threads", "threads")):
@@ -614,9 +616,8 @@ class Trainer:
             model = strategy.export(model)
         model.eval()
         self.loaded.model = model
-        examples = min(
-            steps * global_batch(self.training, self.run_facts.world), steps * len(self.info.splits["train"])
-        )
+        per_step = global_batch(self.training, self.run_facts.world)
+        examples = steps * (per_step if self.info.stream is not None else min(per_step, len(self.info.splits["train"])))
         cost = {
             "optimizer_steps": steps,
             "seconds": self.seconds,
@@ -667,14 +668,12 @@ def half(training: Training) -> torch.dtype | None:
     return torch.float16 if training.fp16 else torch.bfloat16 if training.bf16 else None
 
 
-def planned_steps(training: Training, num_rows: int, world: int) -> int:
-    """Optimizer steps of a training: max_steps, or enough for the epochs."""
+def planned_steps(training: Training, num_rows: int | None, world: int) -> int:
+    """Optimizer steps of a training: max_steps, or enough for the epochs. num_rows: None for a stream."""
+    if num_rows is None:
+        return training.max_steps
     plan = Plan(num_rows, global_batch(training, world), 0, training.dataloader_drop_last)
-    if plan.steps_per_epoch == 0:
-        raise DataError(
-            f"{num_rows} training rows do not fill a batch of {plan.global_batch}",
-            "lower the batch size, or dataloader_drop_last=false",
-        )
+    plan.check()
     if training.max_steps > 0:
         return training.max_steps
     return max(1, math.ceil(training.num_train_epochs * plan.steps_per_epoch))

@@ -11,14 +11,34 @@ from kt_hf import Loaded, Role, Task, classification, loading
 
 
 class ImageClassification(classification.Classification, Task):
-    """One class for an image (`AutoModelForImageClassification`).
+    """One class for an image, several, or a number (`AutoModelForImageClassification`).
 
-    metrics: accuracy, macro_f1, matthews_correlation, or the name of one on the Hub; the first decides.
+    metrics: of one class accuracy, macro_f1, matthews_correlation, top5_accuracy, calibration_error, or the name of one
+    on the Hub; of several micro_f1, macro_f1, subset_accuracy; of a number pearson, spearman, mean_squared_error. The
+    first decides.
     """
 
+    auto_class = "AutoModelForImageClassification"
+    classes_from = "model"
+    conformance = {
+        "model": {
+            "config": "vit",
+            "config_overrides": {
+                "hidden_size": 16,
+                "intermediate_size": 24,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "initializer_range": 0.2,
+                "image_size": 8,
+                "patch_size": 4,
+                "hidden_dropout_prob": 0.0,
+                "attention_probs_dropout_prob": 0.0,
+            },
+        }
+    }
     roles = (
         Role("image", ("image",), aliases=("img", "pixel_values")),
-        Role("label", ("class",), aliases=("labels", "target", "category")),
+        Role("label", ("class", "classes", "number"), aliases=("labels", "target", "category")),
     )
     cache_rows = False
 
@@ -31,7 +51,9 @@ class ImageClassification(classification.Classification, Task):
     def load(self, ref: Any, info: Any) -> Loaded:
         from transformers import AutoModelForImageClassification
 
-        loaded = loading.load_model(AutoModelForImageClassification, ref, info.labels)
+        self.settle(info)
+        loaded = loading.load_model(AutoModelForImageClassification, ref, info.labels, **self.head_fields(info))
+        self.settle_by_model(loaded.model.config)
         loaded.processor = loading.load_image_processor(ref, loaded.model.config)
         return loaded
 
@@ -46,7 +68,7 @@ class ImageClassification(classification.Classification, Task):
 
     def collate(self, rows: Any, loaded: Loaded) -> dict[str, Any]:
         pixels_BCHW = torch.stack([row["pixel_values"] for row in rows])
-        return {"pixel_values": pixels_BCHW, **classification.columns(rows, ("index", "labels"))}
+        return {"pixel_values": pixels_BCHW, **self.label_tensor(rows), **classification.columns(rows, ("index",))}
 
     def forward(self, model: nn.Module, batch: dict[str, Any], **kwargs: Any) -> Any:
         return model(pixel_values=batch["pixel_values"], **kwargs)

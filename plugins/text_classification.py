@@ -1,8 +1,8 @@
-"""Text classification: one label for a text or a pair of texts."""
+"""Text classification: a class, several classes or a number for a text or a pair of texts."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -11,22 +11,48 @@ from kt_hf import Loaded, Role, Task, classification, loading, unpadding
 
 
 class TextClassification(classification.Classification, Task):
-    """One class for a text, or for a pair of texts (`AutoModelForSequenceClassification`).
+    """One class for a text or a pair of texts, several, or a number (`AutoModelForSequenceClassification`).
 
-    max_length: tokens per example; longer ones are cut. metrics: accuracy, macro_f1, matthews_correlation, or the name
-    of one on the Hub; the first decides.
+    max_length: tokens per example; longer ones are cut. label_kind: read the column of labels as a `class`, as a list
+    of `classes` or as a `number`, where it does not look like that (whole numbers look like classes). metrics: of one
+    class accuracy, macro_f1, matthews_correlation, calibration_error, or the name of one on the Hub; of several
+    micro_f1, macro_f1, subset_accuracy; of a number pearson, spearman, mean_squared_error. The first decides.
     """
 
+    auto_class = "AutoModelForSequenceClassification"
+    adapter_type = "SEQ_CLS"
+    classes_from = "model"
+    conformance = {
+        "model": {
+            "config": "bert",
+            "config_overrides": {
+                "hidden_size": 16,
+                "intermediate_size": 24,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "initializer_range": 0.2,
+                "max_position_embeddings": 32,
+                "hidden_dropout_prob": 0.0,
+                "attention_probs_dropout_prob": 0.0,
+            },
+        }
+    }
     length_column = "input_ids"
     packs = "rows"
     roles = (
         Role("text", ("string",), aliases=("sentence", "sentence1", "premise", "question", "content", "review")),
         Role("text_pair", ("string",), required=False, aliases=("sentence2", "hypothesis", "text2")),
-        Role("label", ("class",), aliases=("labels", "target", "category")),
+        Role("label", ("class", "classes", "number"), aliases=("labels", "target", "category", "score")),
     )
 
-    def __init__(self, *, max_length: int = 128, metrics: list[str] | None = None):
-        self.max_length = max_length
+    def __init__(
+        self,
+        *,
+        max_length: int = 128,
+        label_kind: Literal["class", "classes", "number"] | None = None,
+        metrics: list[str] | None = None,
+    ):
+        self.max_length, self.label_kind = max_length, label_kind
         self.choose_metrics(metrics)
 
     def fits(self, roles: dict[str, str]) -> bool:
@@ -35,9 +61,13 @@ class TextClassification(classification.Classification, Task):
     def load(self, ref: Any, info: Any) -> Loaded:
         from transformers import AutoModelForSequenceClassification
 
+        self.settle(info)
         tokenizer = loading.load_tokenizer(ref, info.texts())
         fresh = {} if ref.path or "vocab_size" in (ref.config_overrides or {}) else {"vocab_size": len(tokenizer)}
-        loaded = loading.load_model(AutoModelForSequenceClassification, ref, info.labels, **fresh)
+        loaded = loading.load_model(
+            AutoModelForSequenceClassification, ref, info.labels, **self.head_fields(info), **fresh
+        )
+        self.settle_by_model(loaded.model.config)
         loaded.processor = tokenizer
         config: Any = loaded.model.config
         if config.pad_token_id is None:  # decoders find the last real token by it
@@ -54,7 +84,7 @@ class TextClassification(classification.Classification, Task):
     def collate(self, rows: Any, loaded: Loaded) -> dict[str, Any]:
         tokens = {k: [row[k] for row in rows] for k in rows[0] if k not in ("index", "labels")}
         batch = dict(loaded.processor.pad(tokens, return_tensors="pt"))
-        return {**batch, **classification.columns(rows, ("index", "labels"))}
+        return {**batch, **self.label_tensor(rows), **classification.columns(rows, ("index",))}
 
     def forward(self, model: nn.Module, batch: dict[str, Any], **kwargs: Any) -> Any:
         inputs = ("input_ids", "attention_mask", "token_type_ids", "inputs_embeds", "position_ids")

@@ -51,13 +51,32 @@ class TextGeneration(Task):
     or a file of it, for tokenizers without one, or in place of theirs.
     """
 
+    auto_class = "AutoModelForCausalLM"
+    adapter_type = "CAUSAL_LM"
+    conformance = {
+        "roles": ("text",),
+        "model": {
+            "config": "llama",
+            "config_overrides": {
+                "hidden_size": 16,
+                "intermediate_size": 24,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "initializer_range": 0.2,
+                "max_position_embeddings": 64,
+                "attention_dropout": 0.0,
+            },
+        },
+    }
     roles: ClassVar[tuple[Role, ...]] = (
         Role("messages", ("messages",), required=False, aliases=("conversations", "conversation", "chat")),
         Role("prompt", ("string",), required=False),
         Role("completion", ("string",), required=False, aliases=("response",)),
         Role("text", ("string",), required=False, aliases=("content", "document", "sentence")),
         # Never read: `fits` leaves rows with a class or an image to the tasks that are about these.
-        Role("label", ("class",), required=False, aliases=("labels", "target", "category")),
+        Role(
+            "label", ("class", "classes", "number"), required=False, aliases=("labels", "target", "category", "score")
+        ),
         Role("image", ("image",), required=False, aliases=("img", "pixel_values")),
     )
     unit = "token"
@@ -329,6 +348,46 @@ class TextGeneration(Task):
 
     def table(self, predictions: dict[str, np.ndarray], loaded: Loaded, info: Any) -> dict[str, Any]:
         return {name: predictions[name] for name in ("nll", "tokens", "correct")}
+
+    def answer(self, predictor: Any, info: Any, max_new_tokens: int) -> dict[str, list[Any]]:
+        """Greedy continuations, one row at a time, so that no padding takes part, with the geometric mean of their
+        tokens' probabilities."""
+        if predictor.combine is not None:
+            raise RecipeError(
+                "an ensemble of language models does not generate", "use kt-hf evaluate, or one of its members"
+            )
+        loaded: Loaded = predictor.members[0]
+        said, chances = [], []
+        for row in info.splits["test"]:
+            given = next(row[role] for role in ("messages", "prompt", "text") if role in info.roles)
+            text, probability = generate(loaded, given, max_new_tokens)
+            said.append(text)
+            chances.append(probability)
+        return {"prediction": said, "probability": chances}
+
+
+@torch.no_grad()
+def generate(loaded: Loaded, given: Any, max_new_tokens: int) -> tuple[str, float]:
+    """The greedy continuation of a text or a chat, and the geometric mean of its tokens' probabilities."""
+    model, tokenizer = loaded.model.eval(), loaded.processor
+    if isinstance(given, list):
+        ids = tokenizer.apply_chat_template(given, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    else:
+        ids = tokenizer(given, return_tensors="pt")
+    ids = ids["input_ids"].to(next(model.parameters()).device)
+    out = model.generate(  # type: ignore[operator]
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    new = out.sequences[0, ids.shape[1] :]
+    logs = [float(s[0].float().log_softmax(-1)[t]) for s, t in zip(out.scores, new, strict=False)]
+    probability = math.exp(sum(logs) / len(logs)) if logs else 1.0
+    return tokenizer.decode(new, skip_special_tokens=True), probability
 
 
 # Counts of rows by task, outside of it: what a task holds is part of the key under which its rows are cached.

@@ -22,6 +22,17 @@ from kt_hf.task import Scores
 AT = (1, 5, 10)
 _PROMPTS = 256
 _OURS = ("index", "labels", "text_id")
+_SIZES = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "initializer_range": 0.2,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+VIT = {"config": "vit", "config_overrides": {**_SIZES, "image_size": 8, "patch_size": 4}}
+BERT = {"config": "bert", "config_overrides": {**_SIZES, "max_position_embeddings": 32}}
 Template = Annotated[str, Field(pattern=r"\{\}")]
 Metric = Literal["auto", "accuracy", "macro_f1", "text_retrieval_recall@1", "image_retrieval_recall@1"]
 
@@ -36,6 +47,12 @@ class ZeroShotImageClassification(classification.Classification, Task):
     text_retrieval_recall@1.
     """
 
+    auto_class = "AutoModelForZeroShotImageClassification"
+    classes_from = "user"
+    conformance = {
+        "roles": ("image", "text", "label"),
+        "model": {"image": VIT, "text": BERT, "projection_dim": 16},
+    }
     roles = (
         Role("image", ("image",), aliases=("img", "pixel_values", "jpg", "png")),
         Role(
@@ -61,6 +78,10 @@ class ZeroShotImageClassification(classification.Classification, Task):
         self.max_length, self.captions, self.metric = max_length, captions, metric
         self.auto = metric == "auto"
 
+    @classmethod
+    def architectures(cls) -> frozenset[str]:
+        return super().architectures() | {"DualEncoderModel", "VisionTextDualEncoderModel"}
+
     def fits(self, roles: dict[str, str]) -> bool:
         return {"image", "text"} <= set(roles)
 
@@ -69,7 +90,7 @@ class ZeroShotImageClassification(classification.Classification, Task):
     def load(self, ref: Any, info: Any) -> Loaded:
         from kt_hf import dual_encoder, open_clip_models
 
-        self._settle(info)
+        self.settle(info)
         if ref.image is not None:
             loaded = dual_encoder.load_towers(ref, self._texts(info))
         elif open_clip_models.names_open_clip(ref):
@@ -80,7 +101,7 @@ class ZeroShotImageClassification(classification.Classification, Task):
         loaded.label_ids = None if info.labels is None else list(range(len(info.labels)))
         return loaded
 
-    def _settle(self, info: Any) -> None:
+    def settle(self, info: Any) -> None:
         """What depends on the data: the deciding metric, and whether training rows are drawn."""
         if "text" not in info.roles and info.labels is None:
             raise DataError(

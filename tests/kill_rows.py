@@ -42,6 +42,8 @@ DIGITS = {"path": "digits", "name": "target", **SIZES}
 CAPTIONS = {"path": "digits", "name": "captions", **SIZES, **TURNED}
 TEXTS = {"path": "{data}/texts"}
 DOCUMENTS = {"path": "{data}/documents"}
+STREAMED = {"streaming": True, "shuffle_buffer": 7}
+"""Blocks end within batches; a file has three row groups."""
 
 TRAINING = {
     "max_steps": 19,
@@ -293,23 +295,18 @@ ROWS = [
         recipe(DOCUMENTS, GPT2, [LORA, EMA], {"text-generation": {"max_length": 24}}, packing=True),
         IN_ONE_EPOCH,
     ),
-]
-
-# Rows that wait for a setting of the product: setting -> row. Once the setting is there, `test_no_row_waits_in_vain`
-# fails: then move the row up into ROWS, and nothing else is to be done.
-WAITING = {
-    "data.streaming": Row(
+    Row(
         "streamed text, 2 workers, accumulation",
-        recipe({**TEXTS, "streaming": True}, BERT, ["finetune", EMA], dataloader_num_workers=2),
+        recipe({**TEXTS, **STREAMED}, BERT, ["finetune", EMA], dataloader_num_workers=2),
         IN_ONE_EPOCH,
     ),
-    "data.streaming (2 ranks)": Row(
+    Row(
         "2 ranks, streamed text generation",
-        recipe({**DOCUMENTS, "streaming": True}, GPT2, ["finetune"], "text-generation", per_device_train_batch_size=1),
+        recipe({**DOCUMENTS, **STREAMED}, GPT2, ["finetune"], "text-generation", per_device_train_batch_size=1),
         IN_ONE_EPOCH,
         ranks=2,
     ),
-}
+]
 LAUNCHED = 2
 """Rows with a real launcher; they stand in test_kill.py."""
 
@@ -334,7 +331,7 @@ def write_texts(folder: Path, names: tuple[str, ...], seed: int) -> None:
             else:
                 columns.pop("label", None)
             (folder / name).mkdir(parents=True, exist_ok=True)
-            pq.write_table(pa.table(columns), folder / name / f"{split}.parquet")
+            pq.write_table(pa.table(columns), folder / name / f"{split}.parquet", row_group_size=10)
 
 
 def axes(row: Row) -> set[str]:
@@ -344,6 +341,7 @@ def axes(row: Row) -> set[str]:
     found = {f"strategy {name}" for name in row.strategies()}
     found |= {f"{row.ranks} ranks", f"{training.get('dataloader_num_workers', 0)} workers"}
     found |= {f"accumulation {training['gradient_accumulation_steps']}", training.get("optim", "adamw_torch_fused")}
-    found |= {word for word in ("RandomRotation", "hidden_dropout_prob", "resid_pdrop") if word in text}
+    words = ("RandomRotation", "hidden_dropout_prob", "resid_pdrop", "streaming", "packing", "group_by_length")
+    found |= {word for word in words if word in text}
     found |= {"stack"} if len(row.strategies()) > 1 else set()
     return found

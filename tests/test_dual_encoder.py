@@ -271,14 +271,14 @@ def test_captions_are_drawn_in_training_alone(built: Any) -> None:
     _, loaded, _ = built("clip")
     info = make_info("strings")
     task = ZeroShotImageClassification()
-    task._settle(info)
+    task.settle(info)
     assert task.random_rows
     first = [text_id(f"a {WORDS[i % 3]} thing number {i}") for i in range(8)]
     assert make_batch(task, loaded, range(8), train=False, info=info)["text_id"].tolist() == first
     drawn = {tuple(make_batch(task, loaded, range(8), info=info)["text_id"].tolist()) for _ in range(4)}
     assert len(drawn) > 1
     task = ZeroShotImageClassification(captions="first")
-    task._settle(info)
+    task.settle(info)
     assert not task.random_rows and make_batch(task, loaded, range(8), info=info)["text_id"].tolist() == first
 
 
@@ -286,7 +286,7 @@ def test_classes_stand_in_for_captions(built: Any) -> None:
     _, loaded, _ = built("clip")
     info = make_info(None)
     task = ZeroShotImageClassification(templates=["some {} thing"])
-    task._settle(info)
+    task.settle(info)
     ids = make_batch(task, loaded, info=info)["text_id"].tolist()
     assert ids == [text_id(f"some {WORDS[i % 3]} thing") for i in range(4)]
     evaluated = make_batch(task, loaded, train=False, info=info)
@@ -298,9 +298,9 @@ def test_classes_stand_in_for_captions(built: Any) -> None:
 
 def test_metric_follows_the_data() -> None:
     task = ZeroShotImageClassification()
-    task._settle(make_info(labels=None))
+    task.settle(make_info(labels=None))
     assert task.metric == "text_retrieval_recall@1"
-    task._settle(INFO)
+    task.settle(INFO)
     assert task.metric == "accuracy"
 
 

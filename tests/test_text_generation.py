@@ -78,7 +78,8 @@ def said() -> Iterator[list[str]]:
 
 def info(**roles: Any) -> Any:
     """As much of the data as `load` reads."""
-    return SimpleNamespace(roles={r: r for r in roles or {"text": 0}}, labels=None, texts=lambda: iter(TEXTS + PROMPTS))
+    columns = {r: r for r in roles or {"text": 0}}
+    return SimpleNamespace(roles=columns, labels=None, texts=lambda: iter(TEXTS + PROMPTS), stream=None)
 
 
 def fresh(kind: str = "llama", given: Any = None, processor: Path | None = None, **settings: Any) -> tuple[Any, Loaded]:

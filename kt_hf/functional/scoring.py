@@ -20,3 +20,67 @@ def macro_f1(guess_N: np.ndarray, truth_N: np.ndarray, num_classes: int, weights
     total = np.bincount(guess, weights, num_classes) + np.bincount(truth, weights, num_classes)
     occurs = total > 0
     return float((2 * true_positive[occurs] / total[occurs]).mean()) if occurs.any() else 0.0
+
+
+def f1_of_counts(counts: np.ndarray, weights_N: np.ndarray) -> float:
+    """F1 = 2 TP / (2 TP + FP + FN) of counts_N3, or the mean of it over the classes of counts_NC3 that occur.
+
+    counts: true positives, false positives and false negatives of every row, which counts `weights_N` times.
+    """
+    totals = np.tensordot(weights_N, counts, 1)
+    bottom = 2 * totals[..., 0] + totals[..., 1] + totals[..., 2]
+    occurs = bottom > 0
+    return float((2 * totals[..., 0][occurs] / bottom[occurs]).mean()) if occurs.any() else 0.0
+
+
+def among_best(scores_NC: np.ndarray, truth_N: np.ndarray, k: int) -> np.ndarray:
+    """Whether fewer than k classes score higher than the true one."""
+    own_N1 = np.take_along_axis(scores_NC, np.maximum(truth_N, 0)[:, None], 1)
+    return (scores_NC > own_N1).sum(1) < k
+
+
+Bins = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def confidence_bins(scores_NC: np.ndarray, truth_N: np.ndarray, num_bins: int = 15) -> Bins:
+    """(bin_N, confidence_N, hit_N) of the most probable class, with bins of equal width."""
+    shifted = scores_NC.astype(np.float64) - scores_NC.max(1, keepdims=True)
+    confidence_N = 1 / np.exp(shifted).sum(1)
+    bin_N = np.minimum((confidence_N * num_bins).astype(int), num_bins - 1)
+    return bin_N, confidence_N, (scores_NC.argmax(1) == truth_N).astype(np.float64)
+
+
+def calibration_error(bins: Bins, weights_N: np.ndarray, num_bins: int = 15) -> float:
+    """Expected calibration error: sum over bins of |accuracy - confidence|, by their share of the rows.
+
+    Guo et al. 2017, "On Calibration of Modern Neural Networks", arXiv:1706.04599, equation 3.
+    """
+    bin_N, confidence_N, hit_N = bins
+    gap_K = np.bincount(bin_N, weights_N * (hit_N - confidence_N), num_bins)
+    total = weights_N.sum()
+    return float(np.abs(gap_K).sum() / total) if total else 0.0
+
+
+def pearson(x_N: np.ndarray, y_N: np.ndarray, weights_N: np.ndarray) -> float:
+    """Pearson's correlation with rows that count `weights_N` times; 0 where one of the two does not vary."""
+    total = weights_N.sum()
+    if not total:
+        return 0.0
+    dx, dy = (v - (weights_N * v).sum() / total for v in (x_N, y_N))
+    bottom = np.sqrt((weights_N * dx * dx).sum() * (weights_N * dy * dy).sum())
+    return float((weights_N * dx * dy).sum() / bottom) if bottom > 1e-12 else 0.0
+
+
+def spearman(x_N: np.ndarray, y_N: np.ndarray, weights_N: np.ndarray) -> float:
+    """Spearman's correlation: Pearson's of the ranks, equal values sharing the mean of theirs."""
+    return pearson(weighted_ranks(x_N, weights_N), weighted_ranks(y_N, weights_N), weights_N)
+
+
+def weighted_ranks(x_N: np.ndarray, weights_N: np.ndarray) -> np.ndarray:
+    """Mean rank of every row among rows that count `weights_N` times."""
+    (
+        _,
+        place_N,
+    ) = np.unique(x_N, return_inverse=True)
+    mass_U = np.bincount(place_N, weights_N)
+    return (np.cumsum(mass_U) - mass_U / 2)[place_N]

@@ -22,6 +22,7 @@ from PIL import Image
 from kt_hf import randomness, registry
 from kt_hf.bundle import Frozen
 from kt_hf.data import DataInfo
+from kt_hf.errors import RecipeError
 from kt_hf.facts import Run
 from kt_hf.recipe import Data, Model, Training
 from kt_hf.strategy import Strategy
@@ -31,58 +32,59 @@ from kt_hf.trainer import Result, Trainer
 LABELS = ("circle", "square", "star")
 WORDS = tuple(f"{a}{b}" for a in ("red", "blue", "old", "new") for b in ("stone", "river", "lamp", "cloud"))
 ROWS = {"train": 24, "validation": 9, "test": 9}
-_SIZES = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "initializer_range": 0.2,
-}
-_VIT = {**_SIZES, "image_size": 8, "patch_size": 4}
-_BERT = {**_SIZES, "max_position_embeddings": 32}
-_LLAMA = {**_SIZES, "max_position_embeddings": 64}
-_COLUMNS = {"text-generation": ("text",), "zero-shot-image-classification": ("image", "text", "label")}
-"""Of tasks with several forms of rows, the one that the bench has; otherwise what the task requires."""
-_DROPOUT = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+_DROPOUT = ("dropout", "dropout_prob", "_pdrop", "_drop")
+"""How fields of configurations end that say how much is dropped."""
 
 
 def fresh_model(task: str, dropout: float = 0.0) -> Model:
-    """What the kit tries a task's strategies on. Llama has no dropout outside of attention."""
-    drop = dict.fromkeys(_DROPOUT, dropout)
-    vit, bert = (
-        {"config": "vit", "config_overrides": {**_VIT, **drop}},
-        {"config": "bert", "config_overrides": {**_BERT, **drop}},
-    )
-    known: dict[str, dict[str, Any]] = {
-        "image-classification": vit,
-        "text-classification": bert,
-        "text-generation": {"config": "llama", "config_overrides": {**_LLAMA, "attention_dropout": dropout}},
-        "zero-shot-image-classification": {"image": vit, "text": bert, "projection_dim": 16},
-    }
-    given: Any = known.get(task) or getattr(registry.load("task", task), "conformance", {}).get("model") or vit
-    fields: dict[str, Any] = {k: Model(**v) if k in ("image", "text") else v for k, v in given.items()}
+    """What the kit tries a task's strategies on, as its `conformance["model"]` says; its dropout is as asked for."""
+    found = getattr(registry.load("task", task), "conformance", {}).get("model")
+    if found is None:
+        raise RecipeError(
+            f"the kit knows no tiny model for '{task}'", "declare one in its class: conformance = {'model': {...}}"
+        )
+    return _fresh(found, dropout)
+
+
+def _fresh(given: dict[str, Any], dropout: float) -> Model:
+    fields: dict[str, Any] = {k: _fresh(v, dropout) if k in ("image", "text", "audio") else v for k, v in given.items()}
+    overrides = fields.get("config_overrides", {})
+    drop = {name: dropout for name in overrides if name.endswith(_DROPOUT)}
+    if overrides:
+        fields["config_overrides"] = {**overrides, **drop}
     return Model(**fields)
 
 
 def make_data(name: str, task: Task, seed: int = 0) -> DataInfo:
-    """A data set with the columns that the task requires: images, words and classes that belong together."""
+    """A data set with the columns that the task requires: its own sample, or images, words and classes that belong
+    together."""
     random = np.random.default_rng(seed)
-    roles = (
-        [r for r in task.roles if r.name in _COLUMNS[name]]
-        if name in _COLUMNS
-        else [r for r in task.roles if r.required]
-    )
-    splits = {split: _rows(roles, n, random) for split, n in ROWS.items()}
-    labels = list(LABELS) if any(r.name == "label" for r in roles) else None
+    named = type(task).conformance.get("roles")
+    roles = [r for r in task.roles if (r.name in named if named else r.required)]
+    splits = {}
+    for split, count in ROWS.items():
+        own = type(task).sample(count, random)
+        rows = _rows(roles, count, random) if own is None else own
+        splits[split] = rows.add_column("index", np.arange(count))
+    columns = next(iter(splits.values())).features
+    labels = None
+    if "label" in columns:
+        inner = getattr(columns["label"], "feature", columns["label"])
+        labels = None if str(getattr(inner, "dtype", "")).startswith("float") else list(LABELS)
+        labels = list(inner.names) if isinstance(inner, datasets.ClassLabel) else labels
     return DataInfo(
-        f"bench{seed}", splits, {r.name: r.name for r in roles}, labels, f"bench-{type(task).__name__}-{seed}"
+        f"bench{seed}",
+        splits,
+        {name: name for name in columns if name != "index"},
+        labels,
+        f"bench-{type(task).__name__}-{seed}",
     )
 
 
 def _rows(roles: list[Any], n: int, random: np.random.Generator) -> datasets.Dataset:
     classes_N = np.arange(n) % len(LABELS)
-    columns: dict[str, Any] = {"index": np.arange(n)}
-    kinds: dict[str, Any] = {"index": datasets.Value("int64")}
+    columns: dict[str, Any] = {}
+    kinds: dict[str, Any] = {}
     for role in roles:
         kind = role.kinds[0]
         if kind == "image":
