@@ -305,3 +305,27 @@ def test_what_sees_into_layers_is_refused():
         TextClassification(),
         "stages.a",
     )
+
+
+def test_streamed_rows_leave_padding_out_too(tmp_path):
+    """A recipe, whole: the check looks at a stream's first rows, and the exported model is as that of a padded run."""
+    from safetensors.torch import load_file
+
+    from kt_hf import Data, Recipe, Train, run
+
+    for split, rows in pairs().splits.items():
+        (tmp_path / "data").mkdir(exist_ok=True)
+        rows.remove_columns("index").to_parquet(tmp_path / "data" / f"{split}.parquet")
+    found = []
+    for packing in (True, False):
+        training = {"packing": packing, "max_steps": 7, "optim": "sgd", "learning_rate": 0.1}
+        recipe = Recipe(
+            task={"text-classification": {"max_length": 32}},
+            data=Data(path=str(tmp_path / "data"), streaming=True, shuffle_buffer=16),
+            model={"config": "bert", "config_overrides": BERT},
+            training=training,
+            stages=[Train("one")],
+        )
+        run(recipe, tmp_path / str(packing))
+        found.append(load_file(tmp_path / str(packing) / "one" / "model" / "model.safetensors"))
+    assert distance(*found) < 2e-6
