@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from kt_hf.bundle import Frozen
 from kt_hf.errors import RecipeError
@@ -63,6 +64,10 @@ class Run:
                 model, self.task, self.info, self.device, self.loaded, str(ref), self.autocast
             )
         return self._frozen[key]
+
+    def all_frozen(self) -> list[tuple[str, nn.Module]]:
+        """Name and model of all that were asked for so far."""
+        return [(frozen.name, member.model) for frozen in self._frozen.values() for member in frozen.members]
 
     def revisions(self) -> dict[str, str]:
         """The commits of the frozen models that came from the Hub, by the reference that asked for them."""

@@ -76,6 +76,11 @@ class Feed:
         assert not isinstance(rows, StreamedRows)
         return rows
 
+    def some_rows(self) -> Rows | Packed:
+        """Training rows to look at: all of them, or a stream's first."""
+        rows = self.sources["train"].rows
+        return rows.head if isinstance(rows, StreamedRows) else rows
+
     def _extra(self, owner: str, name: str, stream: Stream) -> dict[str, _Source]:
         """The sources of an extra stream: as many as it has views, each with draws of its own."""
         seed = randomness.number("stream", owner, name, self.training.seed)
@@ -137,8 +142,7 @@ class Feed:
 
         Raises `DataError`.
         """
-        rows, task = self.sources["train"].rows, self.run.task
-        rows = rows.head if isinstance(rows, StreamedRows) else rows
+        rows, task = self.some_rows(), self.run.task
         collate, found = Collate(task, self.run.loaded), dict[str, int]()
         for start in range(0, len(rows), 64):
             batch = collate(rows.__getitems__([(0, i) for i in range(start, min(start + 64, len(rows)))]))
@@ -180,7 +184,7 @@ def training_rows(
         rows = Rows(info, "train", task, loaded, augmenting.transforms(augment, task.augments), seed, train=True)
     if info.stream is not None:
         return StreamedRows(rows)
-    return Packed(rows) if training.packing else rows
+    return Packed(rows) if training.packing and task.packs != "rows" else rows
 
 
 def batch_plan(

@@ -160,8 +160,9 @@ class Training(Noun):
     steps and count them. torch_compile, channels_last: compile the model; keep images with channels last.
     profile_steps: write a trace of so many steps to `<stage>/logs/trace.json`. train_sampling_strategy: order of the
     training rows; `group_by_length` makes batches of rows of about the same length, which saves padding.
-    packing: put several short rows into one of the task's max_length tokens, without one seeing another; a row of a
-    batch is then such a bin.
+    packing: leave padding out, without one row seeing another. Where the loss is about tokens, several short rows share
+    one of the task's max_length tokens, and a row of a batch is then such a bin; else rows stay rows, and the layers of
+    the model run on their real tokens.
     cache_frozen: compute the outputs of frozen lower layers once and read them from disk in every epoch; `auto`: where
     that is right and pays. cache_frozen_limit: bytes of such outputs, in GB.
     """

@@ -10,7 +10,8 @@ Shapes: B rows of a batch, L tokens, N rows of the data.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 SEQUENCES = "sequence_ids"
 """Which row of the bin every token is of, from 1; 0 where there is none."""
-_INSTEAD = "leave packing out; train_sampling_strategy=group_by_length pads little, too"
+INSTEAD = "leave packing out; train_sampling_strategy=group_by_length pads little, too"
 
 
 def bins(lengths_N: np.ndarray, capacity: int) -> list[np.ndarray]:
@@ -40,7 +41,11 @@ def bins(lengths_N: np.ndarray, capacity: int) -> list[np.ndarray]:
 
 @functools.lru_cache(maxsize=8)
 def _bins(lengths: bytes, capacity: int) -> list[np.ndarray]:
-    lengths_N = np.frombuffer(lengths, dtype=np.int64)
+    return [np.asarray(rows) for rows in best_fit(np.frombuffer(lengths, dtype=np.int64), capacity)]
+
+
+def best_fit(lengths_N: np.ndarray, capacity: int) -> list[list[int]]:
+    """See `bins`; not kept."""
     if len(lengths_N) and lengths_N.max() > capacity:
         raise ValueError(f"a row of {lengths_N.max()} tokens does not fit into {capacity}")
     found: list[list[int]] = []
@@ -60,7 +65,7 @@ def _bins(lengths: bytes, capacity: int) -> list[np.ndarray]:
         found[number].append(row)
         open_bins[room - length].append(number)
         rooms |= 1 << (room - length)
-    return [np.asarray(rows) for rows in found]
+    return found
 
 
 class Packed(Dataset):
@@ -157,23 +162,35 @@ def check(model: nn.Module, task: Task, packed: Packed, device: torch.device) ->
         for number in {longest, fullest}:
             alone = [packed.rows.__getitems__([(0, int(row))]) for row in packed.bins[number]]
             alone_NC = torch.cat([scores_NC(rows) for rows in alone])
-            try:
+            with running(model):
                 found_NC = scores_NC([packed[0, number]])
-            except (RuntimeError, TypeError, ValueError, IndexError) as error:
-                if isinstance(error, RecipeError):
-                    raise
-                raise RecipeError(
-                    f"training.packing: {type(model).__name__} does not run on packed rows: "
-                    f"{' '.join(str(error).split())[:200]}",
-                    _INSTEAD,
-                ) from error
-            tolerance = 1e-3 if next(model.parameters()).dtype == torch.float32 else 5e-2
-            apart = (found_NC - alone_NC).abs().max() / alone_NC.std().clamp(min=1e-12) if len(alone_NC) else 0.0
-            if not apart <= tolerance:
-                raise RecipeError(
-                    f"training.packing: {type(model).__name__} gives packed rows scores that are off by {apart:.2g} "
-                    f"standard deviations from those it gives each alone: it reaches over the rows' ends",
-                    _INSTEAD,
-                )
+            compare(model, found_NC, alone_NC)
     finally:
         model.train(was_training)
+
+
+@contextmanager
+def running(model: nn.Module) -> Iterator[None]:
+    """Turns what goes wrong on packed rows into a `RecipeError`."""
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        if isinstance(error, RecipeError):
+            raise
+        raise RecipeError(
+            f"training.packing: {type(model).__name__} does not run on packed rows: "
+            f"{' '.join(str(error).split())[:200]}",
+            INSTEAD,
+        ) from error
+
+
+def compare(model: nn.Module, packed_NC: torch.Tensor, alone_NC: torch.Tensor) -> None:
+    """Raises `RecipeError` where packed rows have other scores than they have alone."""
+    tolerance = 1e-3 if next(model.parameters()).dtype == torch.float32 else 5e-2
+    apart = (packed_NC - alone_NC).abs().max() / alone_NC.std().clamp(min=1e-12) if len(alone_NC) else 0.0
+    if not apart <= tolerance:
+        raise RecipeError(
+            f"training.packing: {type(model).__name__} gives packed rows scores that are off by {apart:.2g} "
+            f"standard deviations from those it gives each alone: it reaches over the rows' ends",
+            INSTEAD,
+        )

@@ -219,7 +219,7 @@ def check_plugins_build(recipe: Recipe, settings: dict[tuple[str, str], dict[str
                 if task is not None:
                     trainer.check_stack(stack, stage.training, task, f"stages.{stage.name}")
                 if stage.data is not None:
-                    streaming.check(stage.data[1], stage.training, stack, f"stages.{stage.name}")
+                    streaming.check(stage.data[1], stage.training, stack, task, f"stages.{stage.name}")
                 check_streams(stage, stack, recipe, collect)
                 with torch.device("cpu"):
                     trainer.optimizer.schedule(stage.training, 1)
@@ -261,12 +261,13 @@ def plan(context: Context, collect: Collector) -> None:
                     raise RecipeError(
                         f"stages.{stage.name}: the data have no training split", "name it: data.splits.train=..."
                     )
-                trainer.check_stack(
+                stack, task, where = (
                     stages.build_stack(stage, context.settings),
-                    stage.training,
                     context.task(stage),
                     f"stages.{stage.name}",
                 )
+                trainer.check_stack(stack, stage.training, task, where)
+                streaming.check(stage.data[1], stage.training, stack, task, where)
                 if isinstance(stage.training.learning_rate, list) and "validation" not in info.splits:
                     raise RecipeError(
                         f"stages.{stage.name}: choosing a learning rate needs validation data", "give one learning rate"
@@ -332,7 +333,8 @@ def describe(context: Context) -> str:
         head = f"  {stage.verb} {stage.name}{seeds}: {type(context.task(stage)).__name__} on {info.name} ({sizes})"
         if isinstance(stage, Train):
             steps = _steps(context, stage)
-            most = "at most " if stage.training.packing and stage.training.max_steps <= 0 else ""
+            bins = stage.training.packing and context.task(stage).packs == "bins"
+            most = "at most " if bins and stage.training.max_steps <= 0 else ""
             head += (
                 f", {most}{steps} steps of {trainer.global_batch(stage.training, context.accelerator.num_processes)}"
             )

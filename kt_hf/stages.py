@@ -158,7 +158,7 @@ def _train_once(context: Context, stage: Train, seed: int, folder: Path, rate: f
     randomness.seed_all("load", training.seed)
     loaded = task.load(context.resolve(stage.model, seed), info)
     count = info.num_training_rows
-    if training.packing:  # how many bins they make
+    if training.packing and task.packs == "bins":  # how many they make
         rows = training_rows(context.accelerator, task, loaded, info, training, data.augment, training.seed)
         count = len(rows)  # type: ignore[arg-type]
     steps = trainer.planned_steps(training, count, world)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from kt_hf.recipe import Data, Training
     from kt_hf.strategy import Strategy
-    from kt_hf.task import Loaded
+    from kt_hf.task import Loaded, Task
 
 Row = dict[str, Any]
 
@@ -189,8 +189,9 @@ class StreamedRows(Dataset):
         return self.__getitems__([item])[0]
 
 
-def check(data: Data, training: Training, strategies: dict[str, Strategy], where: str) -> None:
-    """Refuse what needs to know all rows beforehand. Raises `RecipeError`, naming both."""
+def check(data: Data, training: Training, strategies: dict[str, Strategy], task: Task | None, where: str) -> None:
+    """Refuse what needs to know all rows beforehand. task: None where the data have still to tell it. Raises
+    `RecipeError`, naming both."""
     if not data.streaming:
         return
     if training.max_steps <= 0:
@@ -199,7 +200,7 @@ def check(data: Data, training: Training, strategies: dict[str, Strategy], where
             "say how many steps to train: training.max_steps=1000",
         )
     reasons = {
-        "training.packing": bool(training.packing),
+        "training.packing": training.packing and task is not None and task.packs == "bins",
         f"training.train_sampling_strategy={training.train_sampling_strategy}": (
             training.train_sampling_strategy != "random"
         ),

@@ -111,8 +111,10 @@ class Task:
     """What `data.augment` changes, one of `augmenting.MEDIA`, of which `preprocess` is given a callable; or nothing."""
     length_column: ClassVar[str | None] = None
     """Column of preprocessed rows whose length differs from row to row, if any: batches may be made by it."""
-    packs: ClassVar[bool] = False
-    """Whether several rows can share one long one: the loss is about tokens, and `forward` heeds `sequence_ids`."""
+    packs: ClassVar[Literal["bins", "rows"] | None] = None
+    """How `training.packing` saves padding. `bins`: several rows share one long row, which is then a row of the batch;
+    the loss is about tokens, and `forward` heeds `sequence_ids`. `rows`: batches stay as they are, the model's layers
+    leave padding out; `forward` adds `unpadding.arguments(model, batch)` to its call of the model."""
     label_kind: Literal["class", "classes", "number"] | None = None
     """What kind of label the column is to be read as; by default, what it looks like."""
     random_rows: bool = False

@@ -20,7 +20,7 @@ import torch
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import nn
 
-from kt_hf import checkpoint, evaluation, optimizer, packing, randomness, range_test, sharding, signals
+from kt_hf import checkpoint, evaluation, optimizer, packing, randomness, range_test, sharding, signals, unpadding
 from kt_hf.bundle import Bundle, Position
 from kt_hf.clock import Clock, Tracer
 from kt_hf.errors import NonFiniteError, RecipeError, nearest
@@ -91,9 +91,12 @@ class Trainer:
         self.feed = Feed(self.run_facts, self.training, self.data, self.strategies, self.stream_info, self.stop_at)
         if self.task.has_loss and all(s.task_weight(0.0) for s in self.strategies.values()):
             self.feed.check_learnable()
-        if isinstance(self.feed.sources["train"].rows, packing.Packed):
-            packing.check(self.bundle.model, self.task, self.feed.sources["train"].rows, self.run_facts.device)
+        rows = self.feed.some_rows()
+        if isinstance(rows, packing.Packed):
+            packing.check(self.bundle.model, self.task, rows, self.run_facts.device)
         try:
+            if self.training.packing and self.task.packs == "rows":
+                unpadding.begin(self.bundle.model, self.run_facts, rows)
             self.wrap()
             if self.training.learning_rate == "auto":
                 self.range_test = range_test.settle(self)
@@ -111,7 +114,8 @@ class Trainer:
 
     def release(self) -> None:
         """Let go of the model: accelerate keeps every one that it ever prepared (`free_memory` would also collect
-        garbage, 0.3 s)."""
+        garbage, 0.3 s), and layers that leave padding out run as they were."""
+        unpadding.end(self.bundle.model, self.run_facts)
         prepared = self.accelerator._models
         prepared[:] = [model for model in prepared if model is not self.wrapped]
 
@@ -723,17 +727,26 @@ def check_stack(strategies: dict[str, Strategy], training: Training, task: Any, 
 
 
 def check_packing(strategies: dict[str, Strategy], training: Training, task: Any, where: str) -> None:
-    """Refuse what would see bins for rows."""
+    """Refuse what would see bins for rows, and what would see into layers that run on bins."""
+    bins = task.packs == "bins"
     reasons = {
         f"{type(task).__name__} does not pack rows": not task.packs,
         f"train_sampling_strategy={training.train_sampling_strategy} is about rows, not bins": (
-            training.train_sampling_strategy == "group_by_length"
+            bins and training.train_sampling_strategy == "group_by_length"
         ),
-        "cache_frozen keeps outputs by row": bool(training.cache_frozen),
+        "cache_frozen keeps outputs by row": bins and bool(training.cache_frozen),
+        "cache_frozen stands in the place of the layers that would leave padding out": (
+            not bins and bool(training.cache_frozen)
+        ),
+        "torch_compile would compile the model anew for every batch, since bins differ": (
+            not bins and training.torch_compile
+        ),
     }
     for name, strategy in strategies.items():
-        reasons[f"'{name}' makes batches of rows"] = strategy.batches is not None
-        reasons[f"the loss of '{name}' is about the rows of a batch"] = strategy.scope == "batch"
+        reasons[f"'{name}' makes batches of rows"] = bins and strategy.batches is not None
+        reasons[f"the loss of '{name}' is about the rows of a batch"] = bins and strategy.scope == "batch"
+        asks = bool(strategy.forward_kwargs.get("output_attentions"))
+        reasons[f"'{name}' asks for attentions, which are those of bins"] = asks
     for reason, holds in reasons.items():
         if holds:
             raise RecipeError(f"{where}: training.packing: {reason}", "use one of them in this stage")

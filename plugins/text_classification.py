@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from kt_hf import Loaded, Role, Task, classification, loading
+from kt_hf import Loaded, Role, Task, classification, loading, unpadding
 
 
 class TextClassification(classification.Classification, Task):
@@ -39,6 +39,7 @@ class TextClassification(classification.Classification, Task):
     }
     augments = "text"
     length_column = "input_ids"
+    packs = "rows"
     roles = (
         Role("text", ("string",), aliases=("sentence", "sentence1", "premise", "question", "content", "review")),
         Role("text_pair", ("string",), required=False, aliases=("sentence2", "hypothesis", "text2")),
@@ -92,7 +93,8 @@ class TextClassification(classification.Classification, Task):
 
     def forward(self, model: nn.Module, batch: dict[str, Any], **kwargs: Any) -> Any:
         inputs = ("input_ids", "attention_mask", "token_type_ids", "inputs_embeds", "position_ids")
-        return model(**{k: batch[k] for k in inputs if k in batch}, **kwargs)
+        given = {k: batch[k] for k in inputs if k in batch}
+        return model(**given, **unpadding.arguments(model, batch), **kwargs)
 
     def features(self, outputs: Any, batch: dict[str, Any]) -> torch.Tensor:
         mask_BL1 = batch["attention_mask"].unsqueeze(-1).to(outputs.hidden_states[-1].dtype)

@@ -81,7 +81,7 @@ class TextGeneration(Task):
     )
     unit = "token"
     length_column = "input_ids"
-    packs = True
+    packs = "bins"
     metric = "perplexity"
     greater_is_better = False
     metrics = ("perplexity", "loss", "token_accuracy")

@@ -180,9 +180,18 @@ ROWS = [
         WITHOUT_WINDOWS,
     ),
     Row(
-        "text, 2 workers, accumulation",
-        recipe(TEXTS, BERT, [LORA, DISTILL, EMA], before=[teacher(BERT)], dataloader_num_workers=2),
-        IN_ONE_EPOCH,
+        "text, packed, 2 workers, accumulation",  # batches of four rows, so that there is padding to leave out
+        recipe(
+            TEXTS,
+            BERT,
+            [LORA, DISTILL, EMA],
+            before=[teacher(BERT)],
+            packing=True,
+            dataloader_num_workers=2,
+            per_device_train_batch_size=4,
+            save_steps=2,
+        ),
+        [{"training": "main.42", "step": 2, "micro_batch": 1}, {"training": "main.42", "step": 3}, {"random": True}],
     ),
     Row(
         "2 ranks, rotation, accumulation",

@@ -95,6 +95,9 @@ def build(name: str, folder: Path, teacher: str, factor: int, extra: dict[str, A
         return make_trainer(folder, strategies={**helpers.stack(name, teacher), **extra}, **image, **settings)
     if name == "text":
         return make_trainer(folder, "text", {"finetune": {}, **extra}, **settings)
+    if name == "packed":  # batches of which the layers leave the padding out
+        settings.update(per_device_train_batch_size=6 * factor, packing=True)
+        return make_trainer(folder, "text", {"finetune": {}, "ema": {"decay": 0.5}, **extra}, **settings)
     if name == "contrastive":
         case = helpers.contrastive_case()
         case["info"], case["strategies"] = helpers.pair_info(23), {**case["strategies"], **extra}
@@ -121,7 +124,7 @@ def build(name: str, folder: Path, teacher: str, factor: int, extra: dict[str, A
     return make_trainer(folder, strategies={**helpers.stack("distill+ema", teacher), **extra}, **image, **settings)
 
 
-CASES = (*helpers.CASES, "text", "contrastive", "empty", "unused", "batchwise", "early", "auto", "resume")
+CASES = (*helpers.CASES, "text", "packed", "contrastive", "empty", "unused", "batchwise", "early", "auto", "resume")
 
 
 def run(name: str, folder: Path, teacher: str, factor: int = 1) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

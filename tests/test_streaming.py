@@ -243,13 +243,15 @@ def test_rows_that_never_fill_a_batch_do_not_go_round_for_ever(tmp_path):
         ({}, {"max_steps": 2, "train_sampling_strategy": "group_by_length"}, "group_by_length exclude each other"),
         ({}, {"max_steps": 2, "cache_frozen": True}, "cache_frozen exclude each other"),
         ({"path": "digits"}, {"max_steps": 2}, "digits are in memory"),
+        ({"task": "text-generation"}, {"max_steps": 2, "packing": True}, "training.packing exclude each other"),
     ],
 )
 def test_what_needs_all_rows_at_hand_is_refused(tmp_path, data, training, message):
     path = folder(tmp_path / "data", texts(60), validation=texts(9, "other"))
+    data = dict(data)
     recipe = Recipe(
+        task=data.pop("task", "text-classification"),
         data=Data(**{"path": str(path), "streaming": True, **data}),
-        task="text-classification",
         model={"config": "bert"},
         training=training,
         stages=[Train("one")],
