@@ -35,12 +35,14 @@ class Classification:
 
     problem: SingleLabel = PROBLEMS["class"]
     num_classes: int = 1
+    chosen: Sequence[str] = ()
+    """Metrics that the recipe names; empty: the problem's own."""
     metrics: Sequence[str] = ()
-    """To report; the first decides. Empty: the problem's own."""
+    """To report; the first decides. Known once the labels are."""
 
     def choose_metrics(self, names: list[str] | None) -> None:
         """Metrics to report, by our names or the Hub's; the first decides. Those of the Hub come without intervals."""
-        self.metrics = tuple(names or ())
+        self.chosen = tuple(names or ())
         if names:
             self.metric = names[0]
 
@@ -50,8 +52,9 @@ class Classification:
             feature = rows.features["label"]
             kind = "class" if info.labels is not None and labels.inner(feature) is None else labels.kind_of(feature)
             self.problem = PROBLEMS[kind]
-        check_metrics(self.problem, self.metrics)
-        self.metric = (*self.metrics, *self.problem.metrics)[0]
+        check_metrics(self.problem, self.chosen)
+        self.metrics = tuple(dict.fromkeys([*(self.chosen or self.problem.metrics), *self.problem.always]))
+        self.metric = self.metrics[0]
         self.greater_is_better = self.metric not in self.problem.lower
         self.lower_metrics = self.problem.lower
         self.unit, self.num_classes = self.problem.unit, len(info.labels or [0])

@@ -30,6 +30,7 @@ class SingleLabel:
     unit: ClassVar[str] = "example"
     """What scores are counted in."""
     metrics: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1")
+    always: ClassVar[tuple[str, ...]] = ("accuracy",)
     extras: ClassVar[tuple[str, ...]] = ("matthews_correlation", "top5_accuracy", "calibration_error")
     lower: ClassVar[tuple[str, ...]] = ("calibration_error",)
     open_ended = True
@@ -116,6 +117,7 @@ class MultiLabel(SingleLabel):
     kind = "multi_label_classification"
     unit = "class"
     metrics = ("micro_f1", "macro_f1", "subset_accuracy")
+    always = ("subset_accuracy",)
     extras = ()
     lower = ()
     open_ended = False
@@ -203,6 +205,7 @@ class Regression(SingleLabel):
 
     kind = "regression"
     metrics = ("pearson", "spearman", "mean_squared_error")
+    always = ("mean_squared_error",)
     extras = ()
     lower = ("mean_squared_error",)
     open_ended = False
