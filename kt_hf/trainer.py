@@ -86,16 +86,8 @@ class Trainer:
     # --- the whole, top to bottom ---
 
     def run(self) -> Result:
-        self.shards = check_accelerator(self.accelerator, self.training)
-        self.check_selection()
-        self.prepare_model()
-        self.feed = Feed(self.run_facts, self.training, self.data, self.strategies, self.stream_info, self.stop_at)
-        if self.task.has_loss and all(s.task_weight(0.0) for s in self.strategies.values()):
-            self.feed.check_learnable()
-        if isinstance(self.feed.sources["train"].rows, packing.Packed):
-            packing.check(self.bundle.model, self.task, self.feed.sources["train"].rows, self.run_facts.device)
         try:
-            self.wrap()
+            self.prepare()
             if self.training.learning_rate == "auto":
                 self.range_test = range_test.settle(self)
             if self.training.cache_frozen:
@@ -109,6 +101,18 @@ class Trainer:
             return self.finish()
         finally:
             self.release()
+
+    def prepare(self) -> None:
+        """Everything before the first step that does not depend on an earlier run."""
+        self.shards = check_accelerator(self.accelerator, self.training)
+        self.check_selection()
+        self.prepare_model()
+        self.feed = Feed(self.run_facts, self.training, self.data, self.strategies, self.stream_info, self.stop_at)
+        if self.task.has_loss and all(s.task_weight(0.0) for s in self.strategies.values()):
+            self.feed.check_learnable()
+        if isinstance(self.feed.sources["train"].rows, packing.Packed):
+            packing.check(self.bundle.model, self.task, self.feed.sources["train"].rows, self.run_facts.device)
+        self.wrap()
 
     def release(self) -> None:
         """Let go of the model: accelerate keeps every one that it ever prepared (`free_memory` would also collect
@@ -407,13 +411,20 @@ class Trainer:
         self.check_finite()
         steps, self.log_since = done - self.log_since, done
         terms = self.notes.means(steps)
-        point = {"step": done, "loss": terms.pop("loss"), "learning_rate": self.rate, "terms": terms}
+        point: dict[str, Any] = {"step": done, "loss": terms.pop("loss"), "learning_rate": self.rate, "terms": terms}
         self.curve.append(point)
         self.clock.settle()
         progress.losses(point)
-        if self.track is not None:
-            values = {"loss": point["loss"], "learning_rate": self.rate, "grad_norm": float(self.notes.norm or 0.0)}
-            self.track({f"train/{k}": v for k, v in {**values, **terms}.items()}, done)
+        values = {"loss": point["loss"], "learning_rate": self.rate, "grad_norm": float(self.notes.norm or 0.0)}
+        self.tell("train", {**values, **terms}, done)
+
+    def tell(self, what: str, values: dict[str, float], done: int) -> None:
+        """Give figures to the trackers. The seconds that they take, to start above all, are not the training's."""
+        if self.track is None:
+            return
+        began = time.perf_counter()
+        self.track({f"{what}/{key}": value for key, value in values.items()}, done)
+        self.started += time.perf_counter() - began
 
     def check_finite(self) -> None:
         """Stop when a loss or gradient was not finite since the last look. Reading the notes waits for the device."""
@@ -446,8 +457,7 @@ class Trainer:
             self.sharded.reshard()
         scores = evaluation.measure(self.task, self.loaded, self.info, found)
         self.evaluations.append({"step": done, **scores.metrics})
-        if self.track is not None:
-            self.track({f"validation/{k}": v for k, v in scores.metrics.items()}, done)
+        self.tell("validation", scores.metrics, done)
         name, higher = self.selection()
         if name not in scores.metrics:
             raise RecipeError(
