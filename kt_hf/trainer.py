@@ -22,7 +22,7 @@ from torch import nn
 
 from kt_hf import checkpoint, evaluation, optimizer, packing, randomness, range_test, sharding, signals
 from kt_hf.bundle import Bundle, Position
-from kt_hf.clock import Clock, Tracer
+from kt_hf.clock import Clock, Tracer, named
 from kt_hf.errors import DataError, NonFiniteError, RecipeError
 from kt_hf.facts import Run
 from kt_hf.feed import Feed, Sizes, global_batch
@@ -346,8 +346,9 @@ class Trainer:
             clip = torch.nn.utils.clip_grads_with_norm_ if whole else sharding.clip
             clip(self.trainable, t.max_grad_norm, norm, foreach=True)
         self.make_update(bad)
-        for strategy in self.strategies.values():
-            strategy.after_step(self.bundle.model, progress)
+        for name, strategy in self.strategies.items():
+            with named(f"{name}.after_step"):
+                strategy.after_step(self.bundle.model, progress)
         self.optimizer.zero_grad(set_to_none=True)
 
     def make_update(self, bad: torch.Tensor) -> None:
