@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from kt_hf import images
 from kt_hf.errors import DataError, RecipeError, nearest
 from kt_hf.nouns import Data
 from kt_hf.reading import SPLITS, arrow, mixed_row, read, read_counted
@@ -105,7 +106,7 @@ def prepare(name: str, data: Data, task: Task) -> DataInfo:
         part.hashes = _row_hashes(part.rows, [role for role in roles if role != "label"])
     counts = _clean(parts, roles, set(data.drop or []), name)
     if unreadable:
-        counts["unreadable"] = unreadable
+        counts["unreadable"] += unreadable
         logger.warning("data '%s': %d unreadable rows, dropped", name, unreadable)
     _hold_out(parts, data, name)
     for split, part in parts.items():
@@ -344,8 +345,12 @@ def _clean(parts: dict[str, _Part], roles: dict[str, str], drop: set[str], name:
         masks["train"].update(duplicates=repeated, overlap=shared & inside)
         if train.classes is not None:
             masks["train"]["unlabelled"] = (train.classes < 0) & inside
+    if "unreadable" in drop:  # decodes every image
+        for split, part in parts.items():
+            masks[split]["unreadable"] = images.unreadable(part.rows)
     counts = {}
     for kind, what in (
+        ("unreadable", "rows with an unreadable image"),
         ("empty", "empty rows"),
         ("unlabelled", "training rows without a label"),
         ("duplicates", "repeated training rows"),

@@ -64,7 +64,13 @@ def _only_looks(options: argparse.Namespace) -> bool:
 
 
 class _Console(logging.StreamHandler):
-    """Our own handler, so that it can be told from those which others attach."""
+    """Our own handler, so that it can be told from those which others attach. It says no token, nor does a traceback
+    in it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        from kt_hf.hub import scrub
+
+        return scrub(super().format(record))
 
 
 def set_up_logging(debug: bool) -> None:

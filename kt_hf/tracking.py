@@ -127,8 +127,8 @@ class Tracker:
         if self.name == "wandb":
             where = {} if os.environ.get("WANDB_DIR") else {"dir": str(logs)}
             return cls(project, id=number, name=run, resume="allow", **where)
-        if self.name == "trackio":  # knows runs by their names alone
-            return cls(project, name=f"{run} {number}", resume="allow", embed=False)
+        if self.name == "trackio":  # knows runs by their names alone, and forgets settings that it is not told again
+            return cls(project, name=f"{run} {number}", resume="allow", embed=False, config=dict(self.settings))
         if self.name == "mlflow":
             import mlflow
 
