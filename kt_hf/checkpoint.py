@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from kt_hf.errors import IntegrityError, ResourceError
 
@@ -225,9 +225,21 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any], dict[str, Any]] | None:
     return None
 
 
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A file of tensors. Raises `IntegrityError` where it is not what it says it is."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise IntegrityError(
+            f"{path} is no sound file of tensors: {' '.join(str(error).split())[:200]}", "remove this checkpoint"
+        ) from error
+
+
 def load_into(path: Path, tensors: dict[str, torch.Tensor], strict: bool = True) -> set[str]:
     """Copy saved tensors into existing storage. Returns the names in the file that were not asked for."""
-    with safe_open(str(path / "state.safetensors"), framework="pt") as file, torch.no_grad():
+    with opened(path / "state.safetensors") as file, torch.no_grad():
         names = set(file.keys())
         missing = [name for name in tensors if name not in names]
         if missing and strict:
@@ -247,5 +259,5 @@ def load_into(path: Path, tensors: dict[str, torch.Tensor], strict: bool = True)
 
 
 def read_tensors(path: Path, names: set[str]) -> dict[str, torch.Tensor]:
-    with safe_open(str(path / "state.safetensors"), framework="pt") as file:
+    with opened(path / "state.safetensors") as file:
         return {name: file.get_tensor(name) for name in names}

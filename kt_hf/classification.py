@@ -37,8 +37,8 @@ class Classification:
     num_classes: int = 1
     chosen: Sequence[str] = ()
     """Metrics that the recipe names; empty: the problem's own."""
-    metrics: Sequence[str] = ()
-    """To report; the first decides. Known once the labels are."""
+    metrics: Sequence[str] = tuple(dict.fromkeys(n for p in PROBLEMS.values() for n in (*p.metrics, *p.extras)))
+    """To report; the first decides. Until the labels are known, all that there may be."""
 
     def choose_metrics(self, names: list[str] | None) -> None:
         """Metrics to report, by our names or the Hub's; the first decides. Those of the Hub come without intervals."""
@@ -103,7 +103,8 @@ class Classification:
         return {"scores": logits_BC, **({"label": batch["labels"]} if "labels" in batch else {})}
 
     def measure(self, predictions: dict[str, np.ndarray], loaded: Loaded, info: DataInfo) -> Scores:
-        return self.problem.measure(predictions, self.metrics or self.problem.metrics)
+        names = self.metrics if "metrics" in vars(self) else self.problem.metrics  # not settled: the problem's own
+        return self.problem.measure(predictions, names)
 
     def table(self, predictions: dict[str, np.ndarray], loaded: Loaded, info: DataInfo) -> dict[str, Any]:
         return self.problem.table(predictions, [str(name) for name in loaded.labels or []])

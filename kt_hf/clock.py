@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -63,14 +64,18 @@ _tracing: list[str] = []
 """The trace that is being taken, if any."""
 
 
+_LISTENS = any(name in os.environ for name in ("NSYS_PROFILING_SESSION_ID", "NVTX_INJECTION64_PATH"))
+"""Whether this process runs under a tool of NVIDIA: those say so to the processes that they start."""
+
+
 def named(name: str) -> AbstractContextManager[None]:
-    """A range with a name, in PyTorch's profiler and, on a GPU, as NVTX in NVIDIA's tools; nothing without a trace."""
-    return _named(name) if _tracing else nullcontext()
+    """A range with a name, in PyTorch's profiler and, as NVTX, in NVIDIA's tools; nothing where nobody listens."""
+    return _named(name) if _tracing or _LISTENS else nullcontext()
 
 
 @contextmanager
 def _named(name: str) -> Iterator[None]:
-    nvtx = torch.cuda.is_available()
+    nvtx = (_LISTENS and hasattr(torch._C, "_nvtx")) or torch.cuda.is_available()
     if nvtx:
         torch.cuda.nvtx.range_push(name)
     try:

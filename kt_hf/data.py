@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kt_hf import labels
+from kt_hf import images, labels
 from kt_hf.errors import DataError, RecipeError, nearest
 from kt_hf.labels import Labels
 from kt_hf.nouns import Data
@@ -121,7 +121,7 @@ def prepare(name: str, data: Data, task: Task) -> DataInfo:
     drop = set(data.drop or [])
     counts = _clean(parts, roles, drop, name)
     if unreadable:
-        counts["unreadable"] = unreadable
+        counts["unreadable"] += unreadable
         logger.warning("data '%s': %d unreadable rows, dropped", name, unreadable)
     _hold_out(parts, data, name)
     stream = None
@@ -335,8 +335,12 @@ def _clean(parts: dict[str, _Part], roles: dict[str, str], drop: set[str], name:
         masks["train"].update(duplicates=repeated, overlap=shared & inside)
         if train.classes is not None:
             masks["train"]["unlabelled"] = (train.classes < 0) & inside
+    if "unreadable" in drop:  # decodes every image
+        for split, part in parts.items():
+            masks[split]["unreadable"] = images.unreadable(part.rows)
     counts = {}
     for kind, what in (
+        ("unreadable", "rows with an unreadable image"),
         ("empty", "empty rows"),
         ("unlabelled", "training rows without a label"),
         ("duplicates", "repeated training rows"),

@@ -58,7 +58,7 @@ class Run:
         Raises `RecipeError` when vocabulary, labels or input normalisation differ from the student's.
         """
         model = self.resolve(ref)
-        key = f"{model.path}@{model.revision}"
+        key = f"{model!r}@{model.revision}"
         if key not in self._frozen:
             self._frozen[key] = load_frozen(
                 model, self.task, self.info, self.device, self.loaded, str(ref), self.autocast

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import json
 import os
+import resource
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,8 @@ UNWRITABLE = (
     errno.ENAMETOOLONG,
 )
 """Errors of the file system that another output folder, or more space, would mend."""
+_NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad alloc")
+"""What PyTorch says when there is none left, of a GPU or of the machine."""
 _LOST = (
     "connection closed by peer",
     "connection reset by peer",
@@ -80,14 +83,25 @@ def describe(error: BaseException) -> tuple[int, str, str, list[KtError]]:
         code = error.exit_code if isinstance(error, Interrupted) else 130
         return code, str(error) or "interrupted", "run the same command again to continue", []
     text = " ".join(f"{type(error).__name__}: {error}".split())[:400]
-    if type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "out of memory" in text.lower():
-        remedy = "lower per_device_train_batch_size, set forward_chunk_size or gradient_checkpointing"
-        return 6, f"out of memory: {text}", remedy, []
+    if type(error).__name__ in ("OutOfMemoryError", "MemoryError") or any(sign in text.lower() for sign in _NO_MEMORY):
+        remedy = (
+            "lower training.per_device_train_batch_size (and raise gradient_accumulation_steps by as much), or set "
+            "forward_chunk_size or gradient_checkpointing; --print estimates what a training takes"
+        )
+        return 6, f"out of memory with {_in_use()} in use at the height: {text}", remedy, []
     if isinstance(error, RuntimeError) and any(sign in text.lower() for sign in _LOST):
         return 6, f"another process of this run has ended or is out of reach: {text}", _START_ALL, []
     if isinstance(error, OSError) and error.errno in UNWRITABLE:
         return 6, text, "check the free space and the rights of the output folder", []
     return 1, f"internal error: {text}", "run again with --debug and report the traceback", []
+
+
+def _in_use() -> str:
+    """The most memory that this process has used: of its GPU where it uses one."""
+    cuda = getattr(sys.modules.get("torch"), "cuda", None)
+    if cuda is not None and cuda.is_initialized():
+        return f"{cuda.max_memory_allocated() / 1e9:.2f} GB"
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9:.2f} GB"
 
 
 def fail(error: BaseException, output: Path | None, create: bool = False) -> NoReturn:

@@ -29,6 +29,8 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
     p.add_argument(
         "--print", action="store_true", dest="print_only", help="print the resolved recipe and the plan, then stop"
     )
+    timed = "as --print, and time three steps of every training on its own data; the output folder stays as it is"
+    p.add_argument("--time-steps", action="store_true", help=timed)
     p.add_argument("--overwrite", action="store_true", help="set the former content of the output folder aside")
     changed = "continue a run although this setting has changed"
     p.add_argument("--allow-changed", metavar="KEY", action="append", default=[], help=changed)
@@ -53,12 +55,22 @@ def execute(recipe: Any, options: argparse.Namespace, name: str) -> Any:
     except (Exception, KeyboardInterrupt) as error:
         if options.debug:
             logging.getLogger("kt_hf").exception("the failure in full")
-        folder = output[0] if output and not options.print_only else None
+        folder = output[0] if output and not _only_looks(options) else None
         failing.fail(error, folder, create=bool(options.output_dir))
 
 
+def _only_looks(options: argparse.Namespace) -> bool:
+    return options.print_only or options.time_steps
+
+
 class _Console(logging.StreamHandler):
-    """Our own handler, so that it can be told from those which others attach."""
+    """Our own handler, so that it can be told from those which others attach. It says no token, nor does a traceback
+    in it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        from kt_hf.hub import scrub
+
+        return scrub(super().format(record))
 
 
 def set_up_logging(debug: bool) -> None:
@@ -108,7 +120,8 @@ def _run(recipe: Any, options: argparse.Namespace, name: str, output: list[Path]
         resolved,
         raw,
         folder,
-        print_only=options.print_only,
+        print_only=_only_looks(options),
+        time_steps=options.time_steps,
         overwrite=options.overwrite,
         allow_changed=options.allow_changed,
     )

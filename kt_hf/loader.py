@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from kt_hf import randomness, sources
-from kt_hf.errors import DataError, RecipeError, ResourceError
+from kt_hf import images, randomness, sources
+from kt_hf.errors import DataError, KtError, RecipeError, ResourceError
 from kt_hf.task import Batch, Loaded, Task
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ class Rows(Dataset):
         train: bool = False,
     ):
         self.task, self.loaded, self.augment, self.seed, self.train = task, loaded, augment, seed, train
-        self.source = info.splits[split]
+        self.source, self.split = info.splits[split], split
         self.random = train and (augment is not None or getattr(task, "random_rows", False))
         self.index = np.asarray(self.source["index"])
         self.ready: Any = None
@@ -203,7 +203,7 @@ class Rows(Dataset):
             return [self.ready[p] for p in positions]
         if self.ready is not None:
             return _split_rows(self.ready[positions])
-        return make_rows(self, self.source[positions], [epoch for epoch, _ in items])
+        return make_rows(self, images.fetch(self.source, positions, self.split), [epoch for epoch, _ in items])
 
     def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
         return self.__getitems__([item])[0]
@@ -250,17 +250,19 @@ def _deterministic(
             work, batched=True, remove_columns=drop, new_fingerprint=key, desc=None, load_from_cache_file=True
         )
     else:
-        ready = _in_memory(source, task, loaded, train)
+        ready = _in_memory(source, split, task, loaded, train)
     while len(_prepared) > 32:
         _prepared.pop(next(iter(_prepared)))
     _prepared[key] = ready
     return ready
 
 
-def _in_memory(source: datasets.Dataset, task: Task, loaded: Loaded, train: bool) -> list[dict[str, Any]] | None:
+def _in_memory(
+    source: datasets.Dataset, split: str, task: Task, loaded: Loaded, train: bool
+) -> list[dict[str, Any]] | None:
     rows: list[dict[str, Any]] = []
     for start in range(0, len(source), 64):
-        raw = source[start : start + 64]
+        raw = images.fetch(source, slice(start, start + 64), split)
         rows += _with_index(_preprocess(task, raw, loaded, train, None), raw)
         size = sum(v.numel() * v.element_size() for v in rows[0].values() if isinstance(v, torch.Tensor))
         if size * len(source) > _MEMORY_LIMIT:
@@ -321,6 +323,9 @@ def load_batches(
     )
     try:
         yield from loader
+    except KtError as error:  # a worker's: torch has put its traceback before what it says
+        said = str(error).rpartition(f"{type(error).__name__}: ")[2].splitlines()
+        raise type(error)(*said[:2]) from error
     except RuntimeError as error:
         if "DataLoader worker" in str(error):
             raise ResourceError(

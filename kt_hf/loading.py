@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from kt_hf.errors import DataError, HubError, IntegrityError, KtError, RecipeError, nearest
@@ -110,6 +111,7 @@ def load_model(auto: Any, ref: Model, labels: list[str] | None = None, **changes
         return Loaded(model, None, labels, _identity(labels), {"config": ref.config}, new_parameters=new)
 
     what, replace = f"model '{ref.path}'", False
+    check_shards(Path(str(ref.path)))
     if labels is None and "num_labels" in changes and has_head(auto, config):
         former = config_of(ref).num_labels
         replace = former != changes["num_labels"]
@@ -155,6 +157,29 @@ def load_model(auto: Any, ref: Model, labels: list[str] | None = None, **changes
         logger.info("new in %s: %s", what, ", ".join(missing))
     origin = {"path": str(ref.path), "revision": commit_of(ref)}
     return Loaded(model, None, names, ids, origin, new_parameters=missing)
+
+
+def check_shards(folder: Path) -> None:
+    """Refuse a folder whose index names files that are not there, are torn, or lie elsewhere."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise IntegrityError(f"{index} cannot be read ({type(error).__name__})", "fetch the model again") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
+            raise IntegrityError(f"{index} names the shard {name!r} outside of its folder", "do not use this model")
+        if not (folder / name).is_file():
+            raise IntegrityError(f"{folder} lacks the shard '{name}', which its index names", "fetch the model again")
+        try:
+            with safe_open(str(folder / name), framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise IntegrityError(
+                f"the shard '{name}' of {folder} is torn: {' '.join(str(error).split())[:200]}", "fetch it again"
+            ) from error
 
 
 def commit_of(ref: Model, file: str = "config.json") -> str | None:

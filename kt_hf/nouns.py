@@ -164,7 +164,8 @@ class Training(Noun):
     one of the task's max_length tokens, and a row of a batch is then such a bin; else rows stay rows, and the layers of
     the model run on their real tokens.
     cache_frozen: compute the outputs of frozen lower layers once and read them from disk in every epoch; `auto`: where
-    that is right and pays. cache_frozen_limit: bytes of such outputs, in GB.
+    that is right and pays. cache_frozen_limit: bytes of such outputs, in GB. report_to: trackers that show the curves,
+    TensorBoard by default; those of services take account and address from their own environment variables.
     """
 
     def __init__(

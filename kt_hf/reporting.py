@@ -61,7 +61,7 @@ def stage_evidence(context: Context, stage: Stage, results: list[dict[str, Any]]
     labels = _names(info.labels, first)
     seeds = [_seed_evidence(context, stage, facts, labels) for facts in results]
     setup = context.setups.get(stage.name)
-    description = [f"{name}: {s.describe()}" for name, s in setup[0].items()] if setup else _description(stage)
+    description = [f"{name}: {s.describe()}" for name, s in setup.stack.items()] if setup else _description(stage)
     return StageEvidence(
         name=stage.name,
         kind=stage.verb,

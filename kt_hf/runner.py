@@ -103,6 +103,7 @@ def run_resolved(
     root: Path,
     *,
     print_only: bool = False,
+    time_steps: bool = False,
     overwrite: bool = False,
     allow_changed: Sequence[str] = (),
     until: float = 1.0,
@@ -120,8 +121,9 @@ def run_resolved(
     if print_only:
         plan(context, collect)
         collect.raise_if_any()
+        needs = foresee(context, time_steps)
         if accelerator.is_main_process:
-            print(grammar.to_yaml(written) + "\n" + describe(context), flush=True)
+            print(grammar.to_yaml(written) + "\n" + describe(context, needs), flush=True)
         return None
     if accelerator.is_main_process:
         with folders.lock(root):
@@ -320,8 +322,34 @@ def _steps(context: Context, stage: Train) -> int:
     return trainer.planned_steps(stage.training, count, context.accelerator.num_processes)
 
 
-def describe(context: Context) -> str:
-    """The plan in words."""
+def foresee(context: Context, time_steps: bool) -> dict[str, list[str]]:
+    """Lines for the plan by stage: the memory that a training will take, and, where that is asked for, its minutes."""
+    from kt_hf import estimate, timing
+
+    lines: dict[str, list[str]] = {}
+    found: list[timing.Timing | str] = []
+    for stage in [s for s in context.recipe.stages if isinstance(s, Train)]:
+        sketch = context.setups.get(stage.name)
+        if sketch is None:
+            lines[stage.name] = ["memory: unknown, the model has no configuration here to build it from"]
+        else:
+            lines[stage.name] = [str(estimate.memory(context, stage, sketch))]
+        if time_steps:
+            found.append(timing.measure(context, stage))
+            lines[stage.name] += timing.describe(context, stage, found[-1])
+    if time_steps:
+        known = [f for f in found if not isinstance(f, str)]
+        total = timing.minutes(sum(f.seconds + f.evaluation for f in known))
+        lines[""] = [
+            f"timed: about {total} for {len(known)} of {len(found)} trainings; loading, preprocessing and "
+            "saving come on top"
+        ]
+    return lines
+
+
+def describe(context: Context, needs: dict[str, list[str]] | None = None) -> str:
+    """The plan in words. needs: further lines by stage, and under '' for all."""
+    needs = needs or {}
     lines = [
         f"plan: {len(context.recipe.stages)} stages, {sum(s.seeds for s in context.recipe.stages)} runs of them, "
         f"into {context.root}"
@@ -338,15 +366,31 @@ def describe(context: Context) -> str:
             head += (
                 f", {most}{steps} steps of {trainer.global_batch(stage.training, context.accelerator.num_processes)}"
             )
+            head += _examples(context, stage, steps)
             setup = context.setups.get(stage.name)
-            stack = setup[0] if setup else stages.build_stack(stage, context.settings)
-            head += f", trains {setup[1]:,} of {setup[2]:,} parameters" if setup else ""
+            stack = setup.stack if setup else stages.build_stack(stage, context.settings)
+            head += f", trains {setup.trained:,} of {setup.total:,} parameters" if setup else ""
             head += "".join(f"\n    {name}: {strategy.describe()}" for name, strategy in stack.items())
             if stage.training.learning_rate == "auto":
                 head += f"\n    {range_test.describe(stage.training, steps)}"
+            head += "".join(f"\n    {line}" for line in needs.get(stage.name, []))
             if isinstance(stage.training.learning_rate, list):
                 head += f"\n    learning rate: the best of {stage.training.learning_rate} on validation data"
         elif isinstance(stage, (Merge, Ensemble)):
             head += f", {grammar.named(stage.method)[0]} of {', '.join(str(m.path) for m in stage.models)}"
         lines.append(head)
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"  {line}" for line in needs.get("", []))])
+
+
+def _examples(context: Context, stage: Train, steps: int) -> str:
+    """How many rows the steps see; an epoch's last batch may be smaller."""
+    if stage.training.packing:
+        return ""
+    rows, size = (
+        len(context.info(stage).splits["train"]),
+        trainer.global_batch(stage.training, context.accelerator.num_processes),
+    )
+    per_epoch = rows // size if stage.training.dataloader_drop_last else -(-rows // size)
+    epochs, rest = divmod(steps, per_epoch)
+    seen = epochs * min(rows, per_epoch * size) + rest * size
+    return f" ({seen:,} examples, {seen / rows:.3g} epochs)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ import torch
 from kt_hf import stages
 from kt_hf.errors import KtError
 from kt_hf.facts import Run
-from kt_hf.recipe import Model, Train
+from kt_hf.recipe import Merge, Model, Train
 from kt_hf.task import Loaded
 
 if TYPE_CHECKING:
@@ -20,8 +21,19 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def plan_setup(context: Context, stage: Train) -> tuple[dict[str, Any], int, int] | None:
-    """(strategies after `setup`, trainable, all parameters) of a stage, or None where no skeleton can be built.
+@dataclass
+class Sketch:
+    """A stage's model without weights, after every `setup`, with its stack; trained, total: numbers of parameters."""
+
+    loaded: Loaded
+    stack: dict[str, Any]
+    run: Run
+    trained: int
+    total: int
+
+
+def plan_setup(context: Context, stage: Train) -> Sketch | None:
+    """What a stage will train, or None where no skeleton can be built.
 
     Raises the `RecipeError` of a strategy that would do nothing or asks for what the model does not have.
     """
@@ -29,27 +41,29 @@ def plan_setup(context: Context, stage: Train) -> tuple[dict[str, Any], int, int
     if loaded is None:
         return None
     info, task = context.info(stage), context.task(stage)
-    run = Run(
-        context.accelerator,
-        stage.training.seed,
-        context.root,
-        task,
-        loaded,
-        info,
-        1,
-        lambda ref: context.resolve(ref, 0),
-    )
+    run = Run(context.accelerator, stage.training.seed, context.root, task, loaded, info, 1, resolver(context))
     stack = stages.build_stack(stage, context.settings)
     model = loaded.model
     with torch.device("meta"):
         for strategy in stack.values():
             model = strategy.setup(model, run)
-    parameters = list(model.parameters())
-    return stack, sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+    loaded.model = model
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return Sketch(loaded, stack, run, sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes))
+
+
+def resolver(context: Context) -> Any:
+    """Model reference -> one without weights; what has no skeleton stays as it is."""
+
+    def resolve(ref: Any) -> Model:
+        model = ref if isinstance(ref, Model) else Model(**ref) if isinstance(ref, dict) else Model(path=ref)
+        return fresh(context, model) or context.resolve(ref, 0)
+
+    return resolve
 
 
 def _load(context: Context, stage: Train) -> Loaded | None:
-    ref = _fresh(context, stage.model)
+    ref = fresh(context, stage.model)
     if ref is None:
         return None
     level = logging.getLogger("kt_hf").level
@@ -66,20 +80,20 @@ def _load(context: Context, stage: Train) -> Loaded | None:
         logging.getLogger("kt_hf").setLevel(level)
 
 
-def _fresh(context: Context, ref: Model | None) -> Model | None:
+def fresh(context: Context, ref: Model | None) -> Model | None:
     """The reference with checkpoints replaced by their configurations; `@stage` by what that stage starts from."""
     if ref is None:
         return None
     if isinstance(ref.path, str) and ref.path.startswith("@"):
         other = context.stage(ref.path[1:])
-        if not isinstance(other, Train):
-            return None
-        return _fresh(context, other.model)
+        if isinstance(other, Merge):
+            return fresh(context, other.models[0])
+        return fresh(context, other.model) if isinstance(other, Train) else None
     if ref.path is not None:
         if not (Path(ref.path) / "config.json").is_file():
             return None
         return Model(**{**{k: v for k, v in ref.given.items() if k not in ("path", "revision")}, "config": ref.path})
-    towers = {t: _fresh(context, getattr(ref, t)) for t in ("image", "text") if getattr(ref, t) is not None}
+    towers = {t: fresh(context, getattr(ref, t)) for t in ("image", "text") if getattr(ref, t) is not None}
     if None in towers.values():
         return None
     return Model(**{**ref.given, **towers})

@@ -25,6 +25,7 @@ from kt_hf.loader import Plan, Rows, Windows, load_batches
 from kt_hf.loading import local
 from kt_hf.recipe import Ensemble, Evaluate, Merge, Model, Stage, Train, Training
 from kt_hf.task import Loaded, Scores
+from kt_hf.tracking import tracking
 
 if TYPE_CHECKING:
     from kt_hf.runner import Context
@@ -145,6 +146,15 @@ def _measure_start(context: Context, stage: Train, folder: Path) -> str | None:
 
 
 def _train_once(context: Context, stage: Train, seed: int, folder: Path, rate: float | str) -> trainer.Result:
+    made = make_trainer(context, stage, seed, folder, rate, lambda ref: context.resolve(ref, seed))
+    with tracking(context, stage, made) as made.track:
+        return made.run()
+
+
+def make_trainer(
+    context: Context, stage: Train, seed: int, folder: Path, rate: float | str, resolve: Callable[[Any], Model]
+) -> trainer.Trainer:
+    """A training of a stage with one seed and one rate, with its model loaded."""
     task, info, data = context.task(stage), context.info(stage), stage.data[1]  # type: ignore[index]
     training = Training(
         **{**{k: getattr(stage.training, k) for k in grammar.settings.parameters(Training)}, "learning_rate": rate}
@@ -156,29 +166,19 @@ def _train_once(context: Context, stage: Train, seed: int, folder: Path, rate: f
     whole_batch = any(strategy.scope == "batch" for strategy in stack.values())
     training = elastic.fit(training, world, folder / "checkpoints", whole_batch)
     randomness.seed_all("load", training.seed)
-    loaded = task.load(context.resolve(stage.model, seed), info)
+    loaded = task.load(resolve(stage.model), info)
     count = info.num_training_rows
     if training.packing and task.packs == "bins":  # how many they make
         rows = training_rows(context.accelerator, task, loaded, info, training, data.augment, training.seed)
         count = len(rows)  # type: ignore[arg-type]
     steps = trainer.planned_steps(training, count, world)
-    run = Run(
-        context.accelerator,
-        training.seed,
-        folder,
-        task,
-        loaded,
-        info,
-        steps,
-        lambda ref: context.resolve(ref, seed),
-        trainer.half(training),
-    )
+    half = trainer.half(training)
+    run = Run(context.accelerator, training.seed, folder, task, loaded, info, steps, resolve, half)
 
     def stream_info(name: str) -> Any:
         return context.named_info(name, context.recipe.data[name], task)
 
-    with tracking(context, training, folder) as track:
-        return trainer.Trainer(run, loaded, stack, training, data, track, stream_info, context.until).run()
+    return trainer.Trainer(run, loaded, stack, training, data, None, stream_info, context.until)
 
 
 def _choose_rate(
@@ -244,45 +244,6 @@ def _train_lineage(context: Context, stage: Train, loaded: Loaded, revisions: di
             if revision := revisions.get(str(ref)) or named:
                 lineage[f"{key}_revision"] = revision
     return lineage
-
-
-@contextmanager
-def tracking(context: Context, training: Training, folder: Path) -> Iterator[Callable[..., None] | None]:
-    """The trackers of accelerate that `report_to` names, TensorBoard by default, writing to `<stage>/logs`."""
-    names = training.report_to if training.report_to is not None else ["tensorboard"]
-    names = [names] if isinstance(names, str) else names
-    names = [n for n in names if n != "none"]
-    if not names or not context.accelerator.is_main_process:
-        yield None
-        return
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-
-    trackers = []
-    for name in names:
-        if name not in LOGGER_TYPE_TO_CLASS:
-            from kt_hf.errors import nearest
-
-            raise RecipeError(f"training.report_to: got '{name}'", nearest(name, LOGGER_TYPE_TO_CLASS))
-        cls = LOGGER_TYPE_TO_CLASS[name]
-        try:
-            tracker = cls("logs", folder) if cls.requires_logging_directory else cls(folder.name)
-            if hasattr(tracker, "start"):
-                tracker.start()
-        except ImportError as error:
-            raise RecipeError(
-                f"training.report_to: {name} is not installed ({error})", f"pip install {name}, or report_to=none"
-            ) from error
-        trackers.append(tracker)
-
-    def track(values: dict[str, float], step: int) -> None:
-        for tracker in trackers:
-            tracker.log(values, step=step)
-
-    try:
-        yield track
-    finally:
-        for tracker in trackers:
-            tracker.finish()
 
 
 # --- merge, ensemble, evaluate

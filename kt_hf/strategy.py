@@ -81,7 +81,7 @@ class Strategy(nn.Module):
 
     def describe(self) -> str:
         """One line for the plan: what this stack member will do with its settings."""
-        return (type(self).__doc__ or "").strip().splitlines()[0]
+        return next(iter((type(self).__doc__ or "").strip().splitlines()), type(self).__name__)
 
     def streams(self) -> dict[str, Stream]:
         """Extra data, by name. Union over the stack."""

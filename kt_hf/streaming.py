@@ -181,9 +181,18 @@ class StreamedRows(Dataset):
         return np.asarray([row["index"] for row in rows])
 
     def __getitems__(self, items: Sequence[tuple[int, Row]]) -> list[Row]:
-        decoded = [self.features.decode_example(row) for _, row in items]
+        decoded = [self._decoded(row) for _, row in items]
         columns = {key: [row[key] for row in decoded] for key in decoded[0]}
         return make_rows(self.head, columns, [epoch for epoch, _ in items])
+
+    def _decoded(self, row: Row) -> Row:
+        try:
+            return self.features.decode_example(row)
+        except Exception as error:
+            what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise DataError(
+                f"streamed row {row['index']} cannot be read: {what}", "mend it, or leave it out"
+            ) from error
 
     def __getitem__(self, item: tuple[int, Row]) -> Row:
         return self.__getitems__([item])[0]

@@ -22,7 +22,7 @@ from torch import nn
 
 from kt_hf import checkpoint, evaluation, optimizer, packing, randomness, range_test, sharding, signals, unpadding
 from kt_hf.bundle import Bundle, Position
-from kt_hf.clock import Clock, Tracer
+from kt_hf.clock import Clock, Tracer, named
 from kt_hf.errors import NonFiniteError, RecipeError, nearest
 from kt_hf.facts import Run
 from kt_hf.feed import Feed, Sizes, global_batch
@@ -85,19 +85,8 @@ class Trainer:
     # --- the whole, top to bottom ---
 
     def run(self) -> Result:
-        self.shards = check_accelerator(self.accelerator, self.training)
-        self.check_selection()
-        self.prepare_model()
-        self.feed = Feed(self.run_facts, self.training, self.data, self.strategies, self.stream_info, self.stop_at)
-        if self.task.has_loss and all(s.task_weight(0.0) for s in self.strategies.values()):
-            self.feed.check_learnable()
-        rows = self.feed.some_rows()
-        if isinstance(rows, packing.Packed):
-            packing.check(self.bundle.model, self.task, rows, self.run_facts.device)
         try:
-            if self.training.packing and self.task.packs == "rows":
-                unpadding.begin(self.bundle.model, self.run_facts, rows)
-            self.wrap()
+            self.prepare()
             if self.training.learning_rate == "auto":
                 self.range_test = range_test.settle(self)
             if self.training.cache_frozen:
@@ -112,10 +101,26 @@ class Trainer:
         finally:
             self.release()
 
+    def prepare(self) -> None:
+        """Everything before the first step that does not depend on an earlier run."""
+        self.shards = check_accelerator(self.accelerator, self.training)
+        self.check_selection()
+        self.prepare_model()
+        self.feed = Feed(self.run_facts, self.training, self.data, self.strategies, self.stream_info, self.stop_at)
+        if self.task.has_loss and all(s.task_weight(0.0) for s in self.strategies.values()):
+            self.feed.check_learnable()
+        rows = self.feed.some_rows()
+        if isinstance(rows, packing.Packed):
+            packing.check(self.bundle.model, self.task, rows, self.run_facts.device)
+        if self.training.packing and self.task.packs == "rows":
+            unpadding.begin(self.bundle.model, self.run_facts, rows)
+        self.wrap()
+
     def release(self) -> None:
         """Let go of the model: accelerate keeps every one that it ever prepared (`free_memory` would also collect
         garbage, 0.3 s), and layers that leave padding out run as they were."""
-        unpadding.end(self.bundle.model, self.run_facts)
+        if "bundle" in vars(self):
+            unpadding.end(self.bundle.model, self.run_facts)
         prepared = self.accelerator._models
         prepared[:] = [model for model in prepared if model is not self.wrapped]
 
@@ -345,8 +350,9 @@ class Trainer:
             clip = torch.nn.utils.clip_grads_with_norm_ if whole else sharding.clip
             clip(self.trainable, t.max_grad_norm, norm, foreach=True)
         self.make_update(bad)
-        for strategy in self.strategies.values():
-            strategy.after_step(self.bundle.model, progress)
+        for name, strategy in self.strategies.items():
+            with named(f"{name}.after_step"):
+                strategy.after_step(self.bundle.model, progress)
         self.optimizer.zero_grad(set_to_none=True)
 
     def make_update(self, bad: torch.Tensor) -> None:
@@ -410,13 +416,20 @@ class Trainer:
         self.check_finite()
         steps, self.log_since = done - self.log_since, done
         terms = self.notes.means(steps)
-        point = {"step": done, "loss": terms.pop("loss"), "learning_rate": self.rate, "terms": terms}
+        point: dict[str, Any] = {"step": done, "loss": terms.pop("loss"), "learning_rate": self.rate, "terms": terms}
         self.curve.append(point)
         self.clock.settle()
         progress.losses(point)
-        if self.track is not None:
-            values = {"loss": point["loss"], "learning_rate": self.rate, "grad_norm": float(self.notes.norm or 0.0)}
-            self.track({f"train/{k}": v for k, v in {**values, **terms}.items()}, done)
+        values = {"loss": point["loss"], "learning_rate": self.rate, "grad_norm": float(self.notes.norm or 0.0)}
+        self.tell("train", {**values, **terms}, done)
+
+    def tell(self, what: str, values: dict[str, float], done: int) -> None:
+        """Give figures to the trackers. The seconds that they take, to start above all, are not the training's."""
+        if self.track is None:
+            return
+        began = time.perf_counter()
+        self.track({f"{what}/{key}": value for key, value in values.items()}, done)
+        self.started += time.perf_counter() - began
 
     def check_finite(self) -> None:
         """Stop when a loss or gradient was not finite since the last look. Reading the notes waits for the device."""
@@ -449,8 +462,7 @@ class Trainer:
             self.sharded.reshard()
         scores = evaluation.measure(self.task, self.loaded, self.info, found)
         self.evaluations.append({"step": done, **scores.metrics})
-        if self.track is not None:
-            self.track({f"validation/{k}": v for k, v in scores.metrics.items()}, done)
+        self.tell("validation", scores.metrics, done)
         name, higher = self.selection()
         if name not in scores.metrics:
             raise RecipeError(

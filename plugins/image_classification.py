@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kt_hf import Loaded, Role, Task, classification, loading
+from kt_hf import Loaded, Role, Task, classification, images, loading
 
 
 class ImageClassification(classification.Classification, Task):
@@ -61,10 +61,10 @@ class ImageClassification(classification.Classification, Task):
     def preprocess(
         self, rows: dict[str, list[Any]], loaded: Loaded, train: bool, augment: Any = None
     ) -> dict[str, Any]:
-        images = [image.convert("RGB") for image in rows["image"]]
+        pictures = [images.rgb(image) for image in rows["image"]]
         if augment is not None:
-            images = [augment(image) for image in images]
-        pixels = loaded.processor(images, return_tensors="pt")["pixel_values"]
+            pictures = [augment(picture) for picture in pictures]
+        pixels = loaded.processor(pictures, return_tensors="pt")["pixel_values"]
         return {"pixel_values": pixels, **self.labels(rows, loaded)}
 
     def collate(self, rows: Any, loaded: Loaded) -> dict[str, Any]:

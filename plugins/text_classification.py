@@ -71,6 +71,8 @@ class TextClassification(classification.Classification, Task):
         self.settle_by_model(loaded.model.config)
         loaded.processor = tokenizer
         config: Any = loaded.model.config
+        if config.model_type != "xlnet":  # positions count from the left, so padding there would move them
+            tokenizer.padding_side = "right"
         if config.pad_token_id is None:  # decoders find the last real token by it
             config.pad_token_id = tokenizer.pad_token_id
         return loaded

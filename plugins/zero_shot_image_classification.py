@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import nn
 from torch.nn import functional as F
 
-from kt_hf import Loaded, Role, Task, classification, loading
+from kt_hf import Loaded, Role, Task, classification, images, loading
 from kt_hf.errors import DataError, RecipeError
 from kt_hf.functional import retrieval
 from kt_hf.task import Scores
@@ -125,10 +125,10 @@ class ZeroShotImageClassification(classification.Classification, Task):
     def preprocess(
         self, rows: dict[str, list[Any]], loaded: Loaded, train: bool, augment: Any = None
     ) -> dict[str, Any]:
-        images = [image.convert("RGB") for image in rows["image"]]
+        pictures = [images.rgb(image) for image in rows["image"]]
         if augment is not None:
-            images = [augment(image) for image in images]
-        columns = {**loaded.processor.images(images), **self.labels(rows, loaded)}
+            pictures = [augment(picture) for picture in pictures]
+        columns = {**loaded.processor.images(pictures), **self.labels(rows, loaded)}
         captions = self._captions(rows, loaded, train)
         if captions is not None:
             columns.update(loaded.processor.texts(captions, self.max_length))

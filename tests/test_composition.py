@@ -282,3 +282,10 @@ def test_a_teacher_is_loaded_once_for_all_who_ask(teacher, tmp_path):
     trainer.run()
     assert len(trainer.run_facts._frozen) == 1
     assert trainer.strategies["distill"]._frozen is trainer.strategies["again"]._frozen
+
+
+def test_a_strategy_without_a_word_about_itself_is_called_by_its_class():
+    class Silent(Strategy):
+        pass
+
+    assert Silent().describe() == "Silent"

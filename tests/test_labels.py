@@ -1,99 +1,53 @@
-"""Labels that are no single class: lists of classes, numbers; and which column can be what."""
+"""Classes of a checkpoint and of the data go together by their names, and models that bring code are refused."""
 
 from __future__ import annotations
 
-import datasets
+import dataclasses
+import json
+from pathlib import Path
+
+import helpers
 import pytest
-from test_data import write
+import torch
 
-from kt_hf import Data, Role, Task
-from kt_hf.data import DataInfo, prepare
-from kt_hf.errors import RecipeError
-from kt_hf.roles import kinds
+from kt_hf.errors import IntegrityError, RecipeError
+from kt_hf.recipe import Model
 
 
-class Anything(Task):
-    """Reads texts with labels of any kind."""
-
-    roles = (
-        Role("text", ("string",), aliases=("sentence1",)),
-        Role("label", ("class", "classes", "number"), aliases=("score", "tags")),
-    )
+def saved(folder: Path, labels: list[str]) -> Path:
+    task, info = helpers.task_and_info("image")
+    torch.manual_seed(1)
+    task.save(task.load(helpers.config("image"), dataclasses.replace(info, labels=labels)), folder)
+    return folder
 
 
-class Numbers(Anything):
-    """Reads whole numbers as numbers."""
-
-    label_kind = "number"
-
-
-def prepared(path, task=Anything, **settings) -> DataInfo:
-    return prepare("mine", Data(str(path), **settings), task())
-
-
-def test_lists_of_classes_are_numbered_by_one_list_of_names(tmp_path):
-    train = {"text": ["a", "b", "c"], "tags": [["x", "z"], [], ["y"]]}
-    test = {"text": ["d"], "tags": [["z", "x", "z"]]}
-    info = prepared(write(tmp_path, train=train, validation=test, test=test), columns={"label": "tags"})
-    assert info.labels == ["x", "y", "z"]
-    assert info.splits["train"]["label"][:] == [[0, 2], [], [1]]
-    assert info.splits["test"]["label"][:] == [[2, 0, 2]]
-    with pytest.raises(RecipeError, match="lists of classes"):
-        prepared(tmp_path, columns={"label": "tags"}, labels=["x"])
+def test_another_order_is_mapped_by_name_and_keeps_the_head(tmp_path):
+    task, info = helpers.task_and_info("image")
+    labels = helpers.LABELS[::-1]
+    loaded = task.load(Model(path=str(saved(tmp_path, labels))), info)
+    assert loaded.labels == labels and loaded.label_ids == [2, 1, 0] and not loaded.new_parameters
+    rows = {"image": info.splits["train"][:3]["image"], "label": [0, 1, 2]}
+    assert task.preprocess(rows, loaded, False)["labels"] == [2, 1, 0]
 
 
-def test_named_classes_in_lists_keep_their_order(tmp_path):
-    tags = datasets.List(datasets.ClassLabel(names=["O", "B-x", "I-x"]))
-    features = datasets.Features({"text": datasets.Value("string"), "label": tags})
-    rows = {"text": ["a", "b"], "label": [[0, 1, 2], [0]]}
-    info = prepared(write(tmp_path, features=features, train=rows, validation=rows))
-    assert info.labels == ["O", "B-x", "I-x"] and info.splits["train"]["label"][:] == [[0, 1, 2], [0]]
+def test_unknown_classes_are_refused_and_a_new_head_must_be_asked_for(tmp_path):
+    task, info = helpers.task_and_info("image")
+    folder = str(saved(tmp_path, ["cat", "dog", "bear"]))
+    with pytest.raises(RecipeError, match="owl unknown to the model"):
+        task.load(Model(path=folder), info)
+    loaded = task.load(Model(path=folder, replace_head=True), info)
+    assert loaded.labels == helpers.LABELS and loaded.new_parameters
 
 
-def test_numbers_stay_numbers(tmp_path):
-    rows = {"sentence1": ["a", "b"], "score": [2.5, None]}
-    info = prepared(write(tmp_path, train=rows, validation={"sentence1": ["c"], "score": [5.0]}))
-    assert info.labels is None
-    assert info.splits["train"]["label"][0] == 2.5 and info.splits["train"]["label"][1] is None
-    whole = prepared(write(tmp_path / "whole", train={"text": ["a", "b"], "label": [3, 1]}), Numbers)
-    assert whole.labels is None and {whole.splits[s]["label"][0] for s in ("train", "validation")} == {3.0, 1.0}
-
-
-def test_other_labels_are_other_data(tmp_path):
-    first = prepared(write(tmp_path, train={"text": ["a", "b"], "label": [0.5, 1.0]})).fingerprint
-    again = prepared(write(tmp_path, train={"text": ["a", "b"], "label": [0.5, 2.0]})).fingerprint
-    assert first != again
-
-
-def test_streamed_lists_have_the_numbers_of_those_that_are_read_whole(tmp_path):
-    tags = [["x"], ["y", "x"], ["z"], []] * 10
-    rows = {"text": [f"t{i}" for i in range(40)], "label": tags}
-    write(tmp_path, train=rows, validation={"text": ["v"], "label": [["x"]]})
-    plain, stream = prepared(tmp_path), prepared(tmp_path, streaming=True).stream
-    assert stream is not None
-    found = {row["text"]: row["label"] for row in next(b for _, b in stream.blocks(0, _start()))}
-    assert found == dict(zip(plain.splits["train"]["text"][:], plain.splits["train"]["label"][:], strict=True))
-
-
-def _start():
-    from kt_hf.streaming import Place
-
-    return Place()
-
-
-@pytest.mark.parametrize(
-    ("feature", "expected"),
-    [
-        (datasets.Audio(), ("audio",)),
-        (datasets.Value("float32"), ("number",)),
-        (datasets.Value("int64"), ("class?", "number?")),
-        (datasets.List(datasets.ClassLabel(names=["a"])), ("classes",)),
-        (datasets.List(datasets.Value("string")), ("strings", "classes?")),
-        (datasets.List(datasets.Value("float32")), ("numbers",)),
-        (datasets.List(datasets.Image()), ("images",)),
-        ({"text": datasets.List(datasets.Value("string"))}, ("struct",)),
-        (datasets.List({"role": datasets.Value("string"), "content": datasets.Value("string")}), ("messages",)),
-    ],
-)
-def test_what_a_column_can_serve_as(feature, expected):
-    assert kinds(feature) == expected
+@pytest.mark.parametrize("kind", ["image", "text"])
+def test_a_model_that_brings_code_is_refused_and_none_of_it_runs(kind, tmp_path):
+    task, info = helpers.task_and_info(kind)
+    folder = saved(tmp_path / "m", helpers.LABELS)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "homemade", "auto_map": {"AutoConfig": "code.Config", "AutoModel": "code.Model"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'w')\nclass Config: ...\nclass Model: ...\n")
+    with pytest.raises(IntegrityError) as error:
+        task.load(Model(path=str(folder), processor=helpers.teacher(tmp_path / "t", kind)), info)
+    assert "code" in error.value.cause and error.value.exit_code == 4
+    assert not (tmp_path / "canary").exists()

@@ -6,7 +6,12 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
+import shutil
+import subprocess
+import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import helpers
 import pytest
@@ -207,6 +212,45 @@ def test_shares_of_time_add_up_and_traces_name_phases_and_strategies(tmp_path):
     assert all(phases[name] > 0 for name in ("data", "forward", "backward", "optimizer", "evaluation", "saving"))
     names = {event.get("name") for event in json.loads((tmp_path / "run/logs/trace.json").read_text())["traceEvents"]}
     assert {"kt_hf.forward", "kt_hf.backward", "kt_hf.optimizer", "kt_hf.distill.loss"} <= names
+    assert {"kt_hf.distill.after_step", "kt_hf.data"} <= names
+
+
+_LISTENER = r"""
+#include <stdio.h>
+#include <stdlib.h>
+typedef void (*function)(void);
+typedef struct { size_t size; int (*get)(int module, function ***table, unsigned *size); } callbacks;
+static FILE *out;
+static int push(const char *name) { fprintf(out, "%s\n", name); fflush(out); return 0; }
+static int pop(void) { fprintf(out, "-\n"); fflush(out); return 0; }
+int InitializeInjectionNvtx2(const void *(*exported)(unsigned)) {
+    const callbacks *found = exported(1);
+    function **table;
+    unsigned size;
+    out = fopen(getenv("NVTX_LOG"), "w");
+    if (!out || !found || !found->get(1, &table, &size) || size < 12) return 0;
+    *table[9] = (function) push;
+    *table[11] = (function) pop;
+    return 1;
+}
+"""
+"""What Nsight does to hear of ranges, in small: a library that NVTX loads because the environment names it."""
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler to build a listener with")
+@pytest.mark.skipif(not hasattr(torch._C, "_nvtx"), reason="this build of PyTorch has no NVTX")
+def test_a_tool_of_nvidia_hears_of_phases_and_strategies(tmp_path):
+    (tmp_path / "listener.c").write_text(_LISTENER)
+    library = tmp_path / "listener.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, tmp_path / "listener.c"], check=True)
+    code = "import sys, helpers; helpers.train(sys.argv[1], strategies={'ema': {}}, save_steps=2)"
+    environment = {**os.environ, "NVTX_LOG": str(tmp_path / "ranges"), "NVTX_INJECTION64_PATH": str(library)}
+    command = [sys.executable, "-c", code, str(tmp_path / "run")]
+    subprocess.run(command, env=environment, cwd=Path(__file__).parent, check=True, timeout=300)
+    ranges = (tmp_path / "ranges").read_text().splitlines()
+    assert {"data", "forward", "backward", "optimizer", "saving", "ema.after_step"} <= set(ranges)
+    assert ranges.count("-") == len(ranges) / 2, "every range is closed"
+    assert ranges[ranges.index("optimizer") + 1] == "ema.after_step", "strategies' ranges lie within the phases'"
 
 
 def test_a_training_is_called_by_its_stage():
