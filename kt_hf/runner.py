@@ -133,7 +133,7 @@ def run_resolved(
 def make_accelerator() -> Accelerator:
     """Accelerate's view of where we run. Under plain torchrun without an accelerator it must be told that ranks on CPUs
     are meant, or every rank would think that it is alone."""
-    sharding.refuse_deepspeed()
+    sharding.check_installed()
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     on_cpu = ranks > 1 and not torch.accelerator.is_available()
     accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
