@@ -100,6 +100,9 @@ def library(device: torch.device) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import deepspeed
+        import deepspeed.ops
+    if device.type == "cpu":  # it would compile an exchange for inference, for which it first tries every compiler
+        vars(deepspeed.ops).setdefault("__compatible_ops__", {})
     # torch renames what DeepSpeed calls in every step
     warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -186,7 +189,7 @@ class Zero3:
 
     def _agree(self) -> set[int]:
         """Weights that the loss reached on some process; those where it did not give a gradient of zeros."""
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         device = self._trained[0][1].device
         reached = torch.tensor([id(p) in self._reached for p, _ in self._trained], dtype=torch.int32, device=device)
