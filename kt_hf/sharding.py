@@ -398,18 +398,44 @@ def load_into(folder: Path, tensors: dict[str, torch.Tensor]) -> set[str]:
             "the recipe has changed; use --overwrite to start anew",
         )
     for name, tensor in tensors.items():
-        if known[name].shape != tensor.shape:
+        if not fits(known[name].shape, tensor.shape):
             raise IntegrityError(
                 f"{folder}: {name} is {tuple(known[name].shape)}, the model has {tuple(tensor.shape)}",
                 "use --overwrite to start anew",
             )
+    same = {name: tensor.detach() for name, tensor in tensors.items() if known[name].shape == tensor.shape}
+    _read(folder, same)
+    for name in [name for name in tensors if name not in same]:  # one after the other, since each is read whole
+        whole = torch.empty_like(known[name], device="cpu")
+        _read(folder, {name: whole})
+        copy_own(whole.reshape(tensors[name].shape), tensors[name])
+    return set(known) - set(tensors)
+
+
+def _read(folder: Path, tensors: dict[str, Any]) -> None:
     from torch.distributed import checkpoint as dcp
 
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="torch.distributed.checkpoint")
-        state = {name: tensor.detach() for name, tensor in tensors.items()}
-        dcp.load(state, storage_reader=reader(folder), no_dist=True)
-    return set(known) - set(tensors)
+        dcp.load(tensors, storage_reader=reader(folder), no_dist=True)
+
+
+def fits(saved: torch.Size, ours: torch.Size) -> bool:
+    """Whether a saved tensor is one of ours: of its shape, or one of them flattened, as ZeRO-3 keeps weights."""
+    return saved == ours or (saved.numel() == ours.numel() and min(len(saved), len(ours)) == 1)
+
+
+def copy_own(whole: torch.Tensor, tensor: Any) -> None:
+    """Copy into a tensor, or into this process' slice of it, what belongs there."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    with torch.no_grad():
+        if not is_slice(tensor):
+            tensor.copy_(whole)
+            return
+        shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+        own = tuple(slice(start, start + length) for start, length in zip(offset, shape, strict=True))
+        tensor.to_local().copy_(whole[own])
 
 
 def like_parameters(
@@ -420,7 +446,7 @@ def like_parameters(
     found: dict[str, torch.Tensor] = {}
     for name in names:
         parameter = parameters[name.removeprefix("optim/").rpartition("/")[0]]
-        same = known[name].shape == parameter.shape
+        same = fits(known[name].shape, parameter.shape)
         found[name] = torch.empty_like(parameter) if same else torch.empty_like(known[name], device="cpu")
     load_into(folder, found)
     return found

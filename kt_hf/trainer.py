@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 
 from kt_hf import checkpoint, evaluation, optimizer, packing, randomness, range_test, sharding, signals, zero3

@@ -73,7 +73,10 @@ def check(accelerator: Any, training: Training) -> partial[Zero3] | None:
         "offload_optimizer_device": (_device(zero, "offload_optimizer") != "none", "set it to none"),
         "offload_param_device": (_device(zero, "offload_param") != "none", "set it to none"),
         "mixed_precision": (accelerator.mixed_precision != "no" or precise, "set it to no, and training.bf16=true"),
-        "gradient_clipping": (config.get("gradient_clipping", "auto") not in ("auto", 0.0), "use training.max_grad_norm"),
+        "gradient_clipping": (
+            config.get("gradient_clipping", "auto") not in ("auto", 0.0),
+            "use training.max_grad_norm",
+        ),
         "gradient_accumulation_steps": (
             config.get("gradient_accumulation_steps", "auto") not in ("auto", 1),
             "use training.gradient_accumulation_steps",
@@ -137,7 +140,7 @@ class Zero3:
         config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero, "zero_allow_untested_optimizer": True}
         self.engine = deepspeed.initialize(model=bundle, optimizer=torch.optim.SGD(trained, lr=0.0), config=config)[0]
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-        self._parts = {id(p): part_of(p, mesh) for p in unique}
+        self._parts: dict[int, Any] = {id(p): part_of(p, mesh) for p in unique}
         self._trained = [(p, self._parts[id(p)]) for p in trained]
         self._reached: set[int] = set()
         for parameter in trained:
@@ -207,7 +210,7 @@ class Zero3:
         if not self._at_work:
             return
         self._at_work = False
-        self.engine.empty_partition_cache()
+        self.engine.optimizer.empty_partition_cache()  # the engine's own also collects garbage, 1 s a step
         self._hide(False)
         for module, name, parameter in self._theirs:
             module._parameters[name] = self._parts[id(parameter)]
