@@ -18,7 +18,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 
 from kt_hf import data as data_module
 from kt_hf import folder as folders
-from kt_hf import range_test, registry, sharding, skeleton, stages, trainer
+from kt_hf import range_test, registry, sharding, skeleton, stages, trainer, zero3
 from kt_hf import recipe as grammar
 from kt_hf.errors import Collector, RecipeError
 from kt_hf.recipe import Data, Ensemble, Evaluate, Merge, Model, Recipe, Stage, Train
@@ -137,6 +137,7 @@ def make_accelerator() -> Accelerator:
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     on_cpu = ranks > 1 and not torch.accelerator.is_available()
     accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
+    zero3.load_whole(accelerator)
     assert accelerator.num_processes == ranks, (
         f"{ranks} processes were started, accelerate sees {accelerator.num_processes}"
     )

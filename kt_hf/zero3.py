@@ -92,6 +92,14 @@ def check(accelerator: Any, training: Training) -> partial[Zero3] | None:
     return partial(Zero3, {key: value for key, value in zero.items() if key in TUNING and value != "auto"})
 
 
+def load_whole(accelerator: Any) -> None:
+    """Undo what accelerate tells transformers whatever `zero3_init_flag` says: to shard models while they load."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()
+
+
 def _device(zero: dict[str, Any], key: str) -> str:
     return str((zero.get(key) or {}).get("device", "none"))
 
@@ -229,6 +237,8 @@ class Zero3:
             module._parameters[name] = full[id(parameter)]
         for module in self.bundle.modules():
             module._parameters = dict(module._parameters)
+            for name in [n for n in vars(module) if n.startswith(("ds_", "applied_pre_backward"))]:  # of the hooks
+                del vars(module)[name]
         self._before.restore()
         stack = parameter_offload.FWD_MODULE_STACK  # it would keep the model
         stack[:] = [module for module in stack if module is not self.bundle]

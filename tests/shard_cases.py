@@ -126,7 +126,9 @@ def left(model: torch.nn.Module) -> list[str]:
     """What the sharding has forgotten to take out of a model."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
     found = [name for module in model.modules() for name in hooks if vars(module)[name]]
-    found += [name for module in model.modules() for name in vars(module) if name.startswith(("ds_", "_external"))]
+    found += [
+        name for module in model.modules() for name in vars(module) if name.startswith(("ds_", "_external", "applied_"))
+    ]
     return found + [n for n, p in model.named_parameters() if isinstance(p, DTensor) or hasattr(p, "ds_id")]
 
 

@@ -213,6 +213,20 @@ def test_loading_by_deepspeed_is_refused(monkeypatch):
         zero3.check(accelerator, Training())
 
 
+def test_models_are_loaded_whole(monkeypatch):
+    """What accelerate tells transformers on GPUs is taken back."""
+    from accelerate.utils import DeepSpeedPlugin
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    for name, setting in ZERO3.items():
+        monkeypatch.setenv(name, setting)
+    plugin = DeepSpeedPlugin()
+    plugin.set_deepspeed_weakref()
+    assert is_deepspeed_zero3_enabled()
+    zero3.load_whole(SimpleNamespace(distributed_type=DistributedType.DEEPSPEED, plugin=plugin))
+    assert not is_deepspeed_zero3_enabled()
+
+
 def test_flattened_tensors_are_told_from_others():
     size = torch.Size
     assert sharding.fits(size([2, 3]), size([2, 3])) and sharding.fits(size([6]), size([2, 3]))
