@@ -321,7 +321,9 @@ class Trainer:
         return total
 
     def update(self, step: int, progress: float) -> None:
-        t = self.training
+        t, whole = self.training, self.sharded is None
+        if self.sharded is not None:
+            self.sharded.collect(self.trainable)
         self.rate = self.base_rate * self.factor_at(step)
         for group in self.optimizer.param_groups:
             scale = optimizer.scale_at(group, progress)
@@ -331,9 +333,6 @@ class Trainer:
                     parameter.grad = None
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        whole = self.sharded is None
-        if self.sharded is not None:
-            self.sharded.collect(self.trainable)
         gradients = [p.grad for p in self.trainable if p.grad is not None]
         total_norm = torch.nn.utils.get_total_norm if whole else sharding.total_norm
         norm = total_norm(gradients, foreach=True).to(self.run_facts.device)
