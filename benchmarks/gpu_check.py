@@ -70,7 +70,7 @@ from transformers import (  # noqa: E402
     ViTConfig,
 )
 
-from kt_hf import Strategy, randomness  # noqa: E402
+from kt_hf import Strategy, randomness, zero3  # noqa: E402
 from kt_hf.errors import NonFiniteError  # noqa: E402
 from kt_hf.facts import Run  # noqa: E402
 from kt_hf.recipe import Data, Model, Training  # noqa: E402
@@ -233,6 +233,7 @@ class Bench:
         self.cuda, self.folder = device == "cuda", folder
         handlers = [DistributedDataParallelKwargs(broadcast_buffers=False)]
         self.accelerator = Accelerator(cpu=not self.cuda, kwargs_handlers=handlers)
+        zero3.load_whole(self.accelerator)
         self.number = 0
 
     def trainer(
@@ -538,17 +539,28 @@ def strategies(bench: Bench) -> tuple[bool, str]:
     return not untried and not wrong, figure
 
 
-def ranks(bench: Bench, count: int, sharded: bool) -> float:
+LAUNCHES = {
+    "DDP": {},
+    "FSDP2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"},
+    "ZeRO-3": {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+        "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
+    },
+}
+"""What `accelerate launch` would set."""
+
+
+def ranks(bench: Bench, count: int, kind: str) -> float:
     """Distance between a training on `count` processes (a launch of this file) and on this one."""
     from safetensors.torch import load_file
 
     folder = Path(tempfile.mkdtemp(dir=bench.folder))
-    fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
     own = {} if bench.cuda else {"ACCELERATE_USE_CPU": "true"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
     done = subprocess.run(
         [*command, __file__, "--device", "cuda" if bench.cuda else "cpu", "--child", str(folder)],
-        env={**os.environ, **own, **(fsdp if sharded else {})},
+        env={**os.environ, **own, **LAUNCHES[kind]},
         capture_output=True,
         text=True,
         timeout=600,
@@ -556,7 +568,7 @@ def ranks(bench: Bench, count: int, sharded: bool) -> float:
     )
     assert done.returncode == 0, done.stderr[-1500:]
     found = load_file(folder / "weights.safetensors")
-    assert (folder / "checkpoints-sharded").exists() == sharded, "it was not sharded"
+    assert (folder / "checkpoints-sharded").exists() == (kind != "DDP"), "it was not sharded"
     ours = child_training(bench, 1)
     assert distance(ours, start(bench, Pictures())) > 1e-3, "nothing was trained"
     return distance(ours, found)
@@ -574,7 +586,14 @@ def child_training(bench: Bench, world: int) -> dict[str, torch.Tensor]:
 
 
 def fsdp_one_rank(bench: Bench) -> tuple[bool, str]:
-    off = ranks(bench, 1, sharded=True)
+    off = ranks(bench, 1, "FSDP2")
+    return off < 1e-5, f"lora and ema, sharded over one process, off by {off:.1e} (limit 1e-5)"
+
+
+def zero3_one_rank(bench: Bench) -> tuple[bool, str]:
+    if importlib.util.find_spec("deepspeed") is None:
+        raise NotHere("needs deepspeed")
+    off = ranks(bench, 1, "ZeRO-3")
     return off < 1e-5, f"lora and ema, sharded over one process, off by {off:.1e} (limit 1e-5)"
 
 
@@ -583,7 +602,8 @@ def several_gpus(bench: Bench) -> tuple[bool, str]:
     count = 1 << (count.bit_length() - 1) if count else 0
     if count < 2:
         raise NotHere("needs two GPUs")
-    off = {kind: ranks(bench, count, sharded) for kind, sharded in (("DDP", False), ("FSDP2", True))}
+    kinds = [kind for kind in LAUNCHES if kind != "ZeRO-3" or importlib.util.find_spec("deepspeed") is not None]
+    off = {kind: ranks(bench, count, kind) for kind in kinds}
     found = ", ".join(f"{kind} off by {value:.1e}" for kind, value in off.items())
     return max(off.values()) < 1e-4, f"{count} processes: {found} from one (limit 1e-4)"
 
@@ -599,6 +619,7 @@ CHECKS: dict[str, Callable[[Bench], tuple[bool | None, str]]] = {
     "torch_compile": torch_compile,
     "strategies": strategies,
     "fsdp_one_rank": fsdp_one_rank,
+    "zero3_one_rank": zero3_one_rank,
     "several_gpus": several_gpus,
     "memory": memory,
     "step_ratio": step_ratio,

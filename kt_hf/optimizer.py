@@ -69,7 +69,7 @@ def groups(bundle: nn.Module, strategies: dict[str, Strategy], weight_decay: flo
                 functions.append(scale)
             else:
                 factor *= scale
-        decay = weight_decay if parameter.dim() > 1 else 0.0
+        decay = weight_decay if len(sharding.whole_shape(parameter)) > 1 else 0.0
         key = (factor, tuple(functions), decay, sharding.is_slice(parameter))  # sharded ones do not mix with others
         group = found.setdefault(
             key, {"params": [], "names": [], "weight_decay": decay, "factor": factor, "functions": functions}

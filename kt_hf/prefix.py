@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate.utils import DistributedType
 from torch import nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
@@ -258,8 +257,6 @@ def _check_settings(trainer: Trainer) -> None:
     skips = [k for k, v in vars(config).items() if k.endswith("layerdrop") and v] if config is not None else []
     compiled = [n for n, m in bundle.named_modules() if getattr(m, "_compiled_call_impl", None) is not None]
     hooked = [n for n, m in bundle.model.named_modules() if any(not _of_library(hook) for hook in _hooks(m))]
-    kind = trainer.accelerator.distributed_type
-    known = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
     reasons = [
         (rows.random, "training rows are made anew in every epoch (augmentation)", "leave data.augment out"),
         (
@@ -281,7 +278,7 @@ def _check_settings(trainer: Trainer) -> None:
         (bool(skips), f"the model leaves out layers at random ({', '.join(skips)})", "set it to 0"),
         (bool(compiled), "the model is compiled as a whole", "do not compile it"),
         (bool(hooked), f"somebody else listens to the modules {', '.join(hooked[:3])}", "remove the hooks"),
-        (kind not in known, f"weights are sharded by {kind.value}", "use one process, MULTI_GPU or MULTI_CPU"),
+        (trainer.sharded is not None, "weights are sharded", "use one process, MULTI_GPU or MULTI_CPU"),
         (
             len(np.unique(rows.index)) != len(rows),
             "training rows cannot be told apart by their index",

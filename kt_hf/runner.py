@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 
-from kt_hf import augmenting, range_test, registry, sharding, skeleton, stages, streaming, trainer
+from kt_hf import augmenting, range_test, registry, sharding, skeleton, stages, streaming, trainer, zero3
 from kt_hf import data as data_module
 from kt_hf import folder as folders
 from kt_hf import recipe as grammar
@@ -136,10 +136,11 @@ def run_resolved(
 def make_accelerator() -> Accelerator:
     """Accelerate's view of where we run. Under plain torchrun without an accelerator it must be told that ranks on CPUs
     are meant, or every rank would think that it is alone."""
-    sharding.refuse_deepspeed()
+    sharding.check_installed()
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     on_cpu = ranks > 1 and not torch.accelerator.is_available()
     accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
+    zero3.load_whole(accelerator)
     assert accelerator.num_processes == ranks, (
         f"{ranks} processes were started, accelerate sees {accelerator.num_processes}"
     )

@@ -19,6 +19,8 @@ import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -45,29 +47,37 @@ def is_slice(tensor: Any) -> TypeGuard[DTensor]:
     return hasattr(tensor, "to_local")
 
 
+def whole_shape(tensor: torch.Tensor) -> torch.Size:
+    """The shape of a weight that may be shown as slices of its flattened self."""
+    return getattr(tensor, "whole_shape", tensor.shape)
+
+
 # --- what a launch configuration asks for
 
 
-def requested() -> bool:
-    """Whether the launcher asks for FSDP. On CPUs accelerate itself does not look at that."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+def requested() -> str | None:
+    """What the launcher asks for, if anything. On CPUs accelerate itself does not look at that."""
+    for name in ("FSDP", "DeepSpeed"):
+        if os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() == "true":
+            return name
+    return None
 
 
-def refuse_deepspeed() -> None:
+def check_installed() -> None:
     """Before accelerate looks for the library. Raises `RecipeError`."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+    if requested() == "DeepSpeed" and find_spec("deepspeed") is None:
         raise RecipeError(
-            "the launch configuration asks for DeepSpeed, which is not supported",
-            "use FSDP 2: recipes/accelerate/fsdp2.yaml",
+            "the launch configuration asks for DeepSpeed, which is not installed",
+            "pip install 'kt_hf[deepspeed]', or use FSDP 2: recipes/accelerate/fsdp2.yaml",
         )
 
 
-def check(accelerator: Any, training: Training) -> FullyShardedDataParallelPlugin | None:
-    """The plugin's settings where the bundle is to be sharded; `RecipeError` for settings that nobody has tried.
+def check(accelerator: Any, training: Training) -> partial[Sharded] | None:
+    """What shards the bundle, where the launch asks for it; `RecipeError` for settings that nobody has tried.
 
     None for one process without a process group: there is nothing to shard.
     """
-    if not requested() or accelerator.distributed_type == DistributedType.NO:
+    if requested() != "FSDP" or accelerator.distributed_type == DistributedType.NO:
         return None
     on_gpus = accelerator.distributed_type == DistributedType.FSDP
     plugin = accelerator.state.fsdp_plugin if on_gpus else FullyShardedDataParallelPlugin()
@@ -86,7 +96,7 @@ def check(accelerator: Any, training: Training) -> FullyShardedDataParallelPlugi
         if refused:
             raise RecipeError(f"the launch configuration's {name} is not supported with FSDP", remedy)
     check_training(training, "training")
-    return plugin
+    return partial(Sharded, plugin)
 
 
 def check_training(training: Training, where: str) -> None:
@@ -99,19 +109,25 @@ def check_training(training: Training, where: str) -> None:
     }
     for name, (refused, remedy) in wanted.items():
         if refused:
-            raise RecipeError(f"{where}: {name} and FSDP exclude each other so far", remedy)
+            raise RecipeError(f"{where}: {name} and {requested()} exclude each other so far", remedy)
 
 
 def check_stack(strategies: Mapping[str, Strategy], training: Training, where: str) -> None:
     """Refuse, before any weight is loaded, what sharded training does not do."""
-    if not requested():
+    kind = requested()
+    if kind is None:
         return
     check_training(training, where)
     for name, strategy in strategies.items():
         if strategy.backward is not None:
             raise RecipeError(
-                f"{where}: '{name}' makes its own gradients, which FSDP shards while they are made",
-                "launch it without FSDP",
+                f"{where}: '{name}' makes its own gradients, which {kind} shards while they are made",
+                f"launch it without {kind}",
+            )
+        if kind == "DeepSpeed" and strategy.scope == "weights" and type(strategy).loss is not Strategy.loss:
+            raise RecipeError(
+                f"{where}: the loss of '{name}' is about weights, which DeepSpeed gathers only for the layer at work",
+                "use FSDP 2: recipes/accelerate/fsdp2.yaml",
             )
 
 
@@ -121,17 +137,15 @@ def check_stack(strategies: Mapping[str, Strategy], training: Training, where: s
 class Sharded:
     """A bundle, sharded in place. `whole` turns it back into the plain module that it was."""
 
-    def __init__(self, bundle: Bundle, plugin: FullyShardedDataParallelPlugin, device: torch.device, missing: bool):
+    def __init__(self, plugin: FullyShardedDataParallelPlugin, bundle: Bundle, device: torch.device, missing: bool):
         """missing: whether some trained weights may get no gradient on some process."""
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import FSDPModule, fully_shard
 
         self.bundle = bundle
         give_copies_their_own(bundle)
-        with torch.no_grad():  # a process takes its slice of what it has itself: all must have the same
-            for tensor in (*bundle.parameters(), *bundle.buffers()):
-                dist.broadcast(tensor, 0)
-        before = {module: (type(module), set(vars(module)), _hooks(module)) for module in bundle.modules()}
+        same_everywhere(bundle)
+        self._before = Before(bundle)
         settings: dict[str, Any] = {
             "mesh": init_device_mesh(device.type, (dist.get_world_size(),)),
             "ignored_params": {p for p in bundle.parameters() if p.dim() == 0},
@@ -147,7 +161,12 @@ class Sharded:
                 )
             bundle.set_reduce_scatter_unused_params(True)  # type: ignore[operator]
         self.parts = [module for module in bundle.modules() if isinstance(module, FSDPModule)]
-        self._restore = {m: (*found, set(vars(m)) - found[1]) for m, found in before.items()}
+        self._before.close()
+        self.wrapped = bundle
+
+    def collect(self, parameters: list[nn.Parameter]) -> None:
+        """After the last backward of a window: see that all gradients are averaged."""
+        average_whole(parameters)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -167,14 +186,35 @@ class Sharded:
         """Gather every parameter on every process and take FSDP out of the modules."""
         self.reshard()
         full: dict[int, nn.Parameter] = {}
-        for module, (kind, _, hooks, added) in self._restore.items():
+        for module in self.bundle.modules():
             for name, parameter in module._parameters.items():
                 if is_slice(parameter):
                     if id(parameter) not in full:  # tied weights stay tied
                         full[id(parameter)] = nn.Parameter(parameter.full_tensor().detach(), parameter.requires_grad)
                     module._parameters[name] = full[id(parameter)]
+        self._before.restore()
+
+
+def same_everywhere(bundle: Bundle) -> None:
+    """A process takes its slice of what it has itself: all must have the same."""
+    with torch.no_grad():
+        for tensor in (*bundle.parameters(), *bundle.buffers()):
+            dist.broadcast(tensor, 0)
+
+
+class Before:
+    """Classes, attributes and hooks of modules before somebody shards them. `close` once that is done."""
+
+    def __init__(self, bundle: Bundle):
+        self._found = {module: (type(module), set(vars(module)), _hooks(module)) for module in bundle.modules()}
+
+    def close(self) -> None:
+        self._added = {module: set(vars(module)) - names for module, (_, names, _) in self._found.items()}
+
+    def restore(self) -> None:
+        for module, (kind, _, hooks) in self._found.items():
             module.__class__ = kind
-            for name in added:
+            for name in self._added[module]:
                 vars(module).pop(name, None)
             vars(module).update(hooks)
 
@@ -358,18 +398,44 @@ def load_into(folder: Path, tensors: dict[str, torch.Tensor]) -> set[str]:
             "the recipe has changed; use --overwrite to start anew",
         )
     for name, tensor in tensors.items():
-        if known[name].shape != tensor.shape:
+        if not fits(known[name].shape, tensor.shape):
             raise IntegrityError(
                 f"{folder}: {name} is {tuple(known[name].shape)}, the model has {tuple(tensor.shape)}",
                 "use --overwrite to start anew",
             )
+    same = {name: tensor.detach() for name, tensor in tensors.items() if known[name].shape == tensor.shape}
+    _read(folder, same)
+    for name in [name for name in tensors if name not in same]:  # one after the other, since each is read whole
+        whole = torch.empty_like(known[name], device="cpu")
+        _read(folder, {name: whole})
+        copy_own(whole.reshape(tensors[name].shape), tensors[name])
+    return set(known) - set(tensors)
+
+
+def _read(folder: Path, tensors: dict[str, Any]) -> None:
     from torch.distributed import checkpoint as dcp
 
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="torch.distributed.checkpoint")
-        state = {name: tensor.detach() for name, tensor in tensors.items()}
-        dcp.load(state, storage_reader=reader(folder), no_dist=True)
-    return set(known) - set(tensors)
+        dcp.load(tensors, storage_reader=reader(folder), no_dist=True)
+
+
+def fits(saved: torch.Size, ours: torch.Size) -> bool:
+    """Whether a saved tensor is one of ours: of its shape, or one of them flattened, as ZeRO-3 keeps weights."""
+    return saved == ours or (saved.numel() == ours.numel() and min(len(saved), len(ours)) == 1)
+
+
+def copy_own(whole: torch.Tensor, tensor: Any) -> None:
+    """Copy into a tensor, or into this process' slice of it, what belongs there."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    with torch.no_grad():
+        if not is_slice(tensor):
+            tensor.copy_(whole)
+            return
+        shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+        own = tuple(slice(start, start + length) for start, length in zip(offset, shape, strict=True))
+        tensor.to_local().copy_(whole[own])
 
 
 def like_parameters(
@@ -380,7 +446,7 @@ def like_parameters(
     found: dict[str, torch.Tensor] = {}
     for name in names:
         parameter = parameters[name.removeprefix("optim/").rpartition("/")[0]]
-        same = known[name].shape == parameter.shape
+        same = fits(known[name].shape, parameter.shape)
         found[name] = torch.empty_like(parameter) if same else torch.empty_like(known[name], device="cpu")
     load_into(folder, found)
     return found

@@ -17,10 +17,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 
-from kt_hf import checkpoint, evaluation, optimizer, packing, randomness, range_test, sharding, signals, unpadding
+from kt_hf import (
+    checkpoint,
+    evaluation,
+    optimizer,
+    packing,
+    randomness,
+    range_test,
+    sharding,
+    signals,
+    unpadding,
+    zero3,
+)
 from kt_hf.bundle import Bundle, Position
 from kt_hf.clock import Clock, Tracer, named
 from kt_hf.errors import NonFiniteError, RecipeError, nearest
@@ -80,7 +91,7 @@ class Trainer:
         self.told = TellTale(run)
         self.range_test: dict[str, Any] | None = None
         self.wrapped: Any = None
-        self.sharded: sharding.Sharded | None = None
+        self.sharded: sharding.Sharded | zero3.Zero3 | None = None
 
     # --- the whole, top to bottom ---
 
@@ -208,8 +219,8 @@ class Trainer:
         missing = self.misses_parameters()
         self.trainable.clear()  # or they would keep whole weights in memory
         self.optimizer.param_groups.clear()
-        self.sharded = sharding.Sharded(self.bundle, self.shards, self.run_facts.device, missing)
-        self.wrapped = self.bundle
+        self.sharded = self.shards(self.bundle, self.run_facts.device, missing)
+        self.wrapped = self.sharded.wrapped
         self.build_optimizer()
 
     def misses_parameters(self) -> bool:
@@ -329,7 +340,9 @@ class Trainer:
         return total
 
     def update(self, step: int, progress: float) -> None:
-        t = self.training
+        t, whole = self.training, self.sharded is None
+        if self.sharded is not None:
+            self.sharded.collect(self.trainable)
         self.rate = self.base_rate * self.factor_at(step)
         for group in self.optimizer.param_groups:
             scale = optimizer.scale_at(group, progress)
@@ -339,9 +352,6 @@ class Trainer:
                     parameter.grad = None
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        whole = self.sharded is None
-        if not whole:
-            sharding.average_whole(self.trainable)
         gradients = [p.grad for p in self.trainable if p.grad is not None]
         total_norm = torch.nn.utils.get_total_norm if whole else sharding.total_norm
         norm = total_norm(gradients, foreach=True).to(self.run_facts.device)
@@ -765,16 +775,15 @@ def check_packing(strategies: dict[str, Strategy], training: Training, task: Any
 
 
 def check_accelerator(accelerator: Any, training: Training) -> Any:
-    """Refuse what a launcher may have set that this loop does not do, rather than train something else. Returns the
-    settings of sharding, if any."""
+    """Refuse what a launcher may have set that this loop does not do, rather than train something else. Returns what
+    shards the bundle, if anything."""
     kind = accelerator.distributed_type
-    known = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
-    if kind not in known:
+    if kind.value not in ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP", "DEEPSPEED"):
         raise RecipeError(
             f"the launch configuration asks for {kind.value}, which is not supported",
-            "use one process, MULTI_GPU, MULTI_CPU, or FSDP with fsdp_version 2",
+            "use one process, MULTI_GPU, MULTI_CPU, FSDP with fsdp_version 2, or DEEPSPEED with zero_stage 3",
         )
-    shards = sharding.check(accelerator, training)
+    shards = sharding.check(accelerator, training) or zero3.check(accelerator, training)
     if accelerator.mixed_precision not in ("no", "bf16") or (
         accelerator.mixed_precision == "bf16" and not training.bf16
     ):

@@ -13,6 +13,7 @@ from typing import Any
 import conftest  # noqa: F401  the environment first
 import helpers
 import rank_cases
+import torch
 from helpers import weights
 from kt_hf_plugins.text_generation import TextGeneration
 from safetensors.torch import save_file
@@ -50,7 +51,18 @@ class Share(Strategy):
         self.held = mine / sum(p.numel() for p in parameters)
 
 
-CASES = ("checkpointing", "chunks", "accumulation", "adapter", "tied", "saving", "micro1", "micro4", "full")
+class Rates(Strategy):
+    """A rate of its own for the head; the first layer begins in the middle of the run."""
+
+    def lr_scale(self, name):
+        if "classifier" in name:
+            return 3.0
+        return (lambda progress: float(progress > 0.4)) if "layers.0" in name else 1.0
+
+
+CASES = (
+    "checkpointing", "chunks", "accumulation", "adapter", "tied", "rates", "skips", "saving", "micro1", "micro4", "full"
+)  # fmt: skip
 
 
 def build(name: str, folder: Path, teacher: str, factor: int, extra: dict[str, Strategy]) -> Trainer:
@@ -67,6 +79,12 @@ def build(name: str, folder: Path, teacher: str, factor: int, extra: dict[str, S
         settings.update(per_device_train_batch_size=2 * factor, gradient_accumulation_steps=2)
     if name == "adapter":
         stack = {"lora": {"r": 4, "save": "adapter"}, "ema": {"decay": 0.8}, **extra}
+    if name == "rates":
+        settings["weight_decay"] = 0.5
+        stack = {**stack, "rates": Rates()}
+    if name == "skips":
+        settings["non_finite"] = "skip"
+        stack = {**stack, "breaks": rank_cases.BreaksOnLastRank()}
     if name == "tied":
         sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
         model = Model(config="llama", config_overrides={**sizes, "tie_word_embeddings": True})
@@ -99,7 +117,19 @@ def run(what: str, name: str, folder: Path, teacher: str, factor: int = 1) -> tu
     if trainer.accelerator.is_main_process:
         trainer.task.save(result.loaded, folder / "model")
     facts = {"curve": result.curve, "evaluations": result.evaluations, "held": share.held, "best": result.best_step}
+    facts["skipped"] = result.cost["skipped_steps"]
+    facts["left"] = left(result.loaded.model)
     return weights(result), facts
+
+
+def left(model: torch.nn.Module) -> list[str]:
+    """What the sharding has forgotten to take out of a model."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
+    found = [name for module in model.modules() for name in hooks if vars(module)[name]]
+    found += [
+        name for module in model.modules() for name in vars(module) if name.startswith(("ds_", "_external", "applied_"))
+    ]
+    return found + [n for n, p in model.named_parameters() if isinstance(p, DTensor) or hasattr(p, "ds_id")]
 
 
 def main(folder: Path, teacher: str, jobs: list[str]) -> None:

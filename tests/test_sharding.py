@@ -34,7 +34,7 @@ FSDP = {
     "CUDA_VISIBLE_DEVICES": "",
     "OMP_NUM_THREADS": "1",
 }
-BOTH = (*rank_cases.CASES, "checkpointing", "chunks", "accumulation", "adapter", "tied")
+BOTH = (*rank_cases.CASES, "checkpointing", "chunks", "accumulation", "adapter", "tied", "rates", "skips")
 
 
 def launch(processes: int, folder: Path, teacher: str, *jobs: str, **environment: str) -> None:
@@ -65,11 +65,16 @@ def two(teacher, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("name", BOTH)
 def test_sharded_equals_one_process(name, two, teacher, tmp_path):
-    ours, facts = shard_cases.run("run", name, tmp_path, teacher, factor=2)
+    compare(name, two, teacher, tmp_path)
+
+
+def compare(name: str, two: Path, teacher: str, folder: Path) -> None:
+    ours, facts = shard_cases.run("run", name, folder, teacher, factor=2)
     theirs, ranks = read(two, name)
     assert all(0.4 < rank["held"] < 0.62 for rank in ranks), "the weights were not sharded"
     assert helpers.identical(*theirs) and helpers.distance(ours, theirs[0]) < 1e-5
     assert ranks[0]["evaluations"] == ranks[1]["evaluations"] and facts["best"] == ranks[0]["best"]
+    assert [rank["skipped"] for rank in (facts, *ranks)] == [name == "skips"] * 3 and ranks[0]["left"] == []
     for mine, other in zip(facts["evaluations"], ranks[0]["evaluations"], strict=True):
         assert mine == pytest.approx(other, rel=1e-6)
     for mine, other in zip(facts["curve"], ranks[0]["curve"], strict=True):
@@ -240,11 +245,12 @@ def test_what_sharding_does_not_do_is_refused(monkeypatch):
             sharding.check_stack({}, Training(**settings), "stages.s")
 
 
-def test_deepspeed_is_refused(monkeypatch, tmp_path):
-    """Before accelerate looks for the library, which is not installed here."""
+def test_deepspeed_is_refused_where_it_is_not_installed(monkeypatch, tmp_path):
+    """Before accelerate looks for the library."""
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setattr(sharding, "find_spec", lambda name: None)
     recipe = Recipe(data=Data("digits"), model=Model(config="vit"), stages=[Train("s", strategies=["finetune"])])
-    with pytest.raises(RecipeError, match="DeepSpeed, which is not supported"):
+    with pytest.raises(RecipeError, match="DeepSpeed, which is not installed"):
         kt_hf.run(recipe, output_dir=str(tmp_path / "out"))
 
 
