@@ -121,7 +121,7 @@ def prepare(name: str, data: Data, task: Task) -> DataInfo:
     drop = set(data.drop or [])
     counts = _clean(parts, roles, drop, name)
     if unreadable:
-        counts["unreadable"] += unreadable
+        counts["unreadable"] = counts.get("unreadable", 0) + unreadable
         logger.warning("data '%s': %d unreadable rows, dropped", name, unreadable)
     _hold_out(parts, data, name)
     stream = None
@@ -346,6 +346,8 @@ def _clean(parts: dict[str, _Part], roles: dict[str, str], drop: set[str], name:
         ("duplicates", "repeated training rows"),
         ("overlap", "training rows that are also in validation or test"),
     ):
+        if kind == "unreadable" and kind not in drop:  # nobody has looked
+            continue
         counts[kind] = int(sum(m[kind][parts[split].keep].sum() for split, m in masks.items() if kind in m))
         if counts[kind]:
             end = ", dropped" if kind in drop else f"; data.drop=[{kind}] drops them"

@@ -118,6 +118,7 @@ def run_resolved(
     accelerator = make_accelerator()
     context = Context(accelerator, root, recipe, settings, until=until)
     written = grammar.resolved_yaml(recipe, raw, settings)
+    refuse_tokens(grammar.to_yaml(written))
     if print_only:
         plan(context, collect)
         collect.raise_if_any()
@@ -131,6 +132,17 @@ def run_resolved(
             return _execute(context, collect)
     accelerator.wait_for_everyone()
     return _execute(context, collect)
+
+
+def refuse_tokens(written: str) -> None:
+    """What a recipe says is kept in its output folder and told to trackers."""
+    from kt_hf.hub import scrub
+
+    if scrub(written) != written:
+        raise RecipeError(
+            "a setting holds an access token, which recipe.yaml would keep",
+            "take it out of the recipe; log in with HF_TOKEN or `hf auth login`",
+        )
 
 
 def make_accelerator() -> Accelerator:

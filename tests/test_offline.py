@@ -35,7 +35,7 @@ RECIPE = """
 
 
 def run(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess:
-    info = helpers.image_info(labels=[str(i) for i in range(10)])
+    info = helpers.image_info(labels=["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"])
     folder = helpers.teacher(tmp_path / "model", "image", info)
     (tmp_path / "r.py").write_text(textwrap.dedent(RECIPE))
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home")}
@@ -58,9 +58,15 @@ def test_a_whole_run_connects_to_nobody_and_keeps_no_token(tmp_path):
 
 
 def test_a_failure_with_its_traceback_says_no_token(tmp_path):
-    done = run(tmp_path, f"data.path=nobody/{TOKEN}")
+    done = run(tmp_path, "data.path=nobody/nothing")
     assert done.returncode == 5, done.stderr[-2000:]
     assert "Traceback" in done.stderr
+    assert_no_token(done, tmp_path)
+
+
+def test_a_token_in_a_setting_is_refused_before_it_is_written(tmp_path):
+    done = run(tmp_path, f"data.path=nobody/{TOKEN}")
+    assert done.returncode == 2 and "a setting holds an access token" in done.stderr, done.stderr[-2000:]
     assert_no_token(done, tmp_path)
 
 
