@@ -43,7 +43,7 @@ def launch(processes: int, folder: Path, teacher: str, *jobs: str, **environment
         [*command, str(HERE / "shard_cases.py"), str(folder), teacher, *jobs],
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=900,
         env={**os.environ, **FSDP, **environment},
         cwd=HERE,
     )

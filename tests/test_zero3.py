@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -147,7 +148,7 @@ def test_accelerate_launch(teacher, tmp_path):
         text=True,
         timeout=400,
         env={
-            **test_sharding.os.environ,
+            **os.environ,
             "ACCELERATE_USE_CPU": "true",
             "CUDA_VISIBLE_DEVICES": "",
             "OMP_NUM_THREADS": "1",
