@@ -239,7 +239,9 @@ def scatter(points: Sequence[Point], x_label: str, y_label: str) -> str:
             near = min(max(px, left), left + text_width(shown))
             if math.hypot(near - px, base - 4 - py) > 14:
                 shapes.insert(0, line(px, py, near, base - 4, f"leader {p.style}"))
-            shapes.append(text(left, base, shown, style=f"halo label {p.style}"))
+            end = left + text_width(shown)  # an estimate: what stands on the left of its point must end there
+            place = (end, base, shown, "end") if end < px else (left, base, shown, "start")
+            shapes.append(text(*place, style=f"halo label {p.style}"))
         parts.append(titled(p.title, *shapes))
     return svg(width, height, parts, "Quality against cost")
 

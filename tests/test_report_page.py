@@ -153,6 +153,23 @@ def test_labels_of_the_scatter_do_not_overlap():
             assert a[2] < b[0] or b[2] < a[0] or a[3] < b[1] or b[3] < a[1]
 
 
+def test_a_label_on_the_left_of_its_point_ends_there():
+    points = [
+        plots.Point("mean", 2.0, 88.9, 88.0, 90.0, "c1", ""),
+        plots.Point("other", 2.05, 88.7, 88.0, 90.0, "c2", ""),
+    ]
+    drawn = plots.scatter(points, "cost", "quality")
+    places = {
+        name: (float(x), anchor)
+        for x, anchor, name in re.findall(
+            r'<text x="([0-9.]+)" y="[0-9.]+" text-anchor="(\w+)"[^>]*>(mean|other)<', drawn
+        )
+    }
+    dots = [float(x) for x in re.findall(r'<circle cx="([0-9.]+)"', drawn)]
+    assert places["mean"][1] == "end" and places["mean"][0] <= min(dots) - 5
+    assert places["other"][1] == "start" and places["other"][0] >= max(dots) + 5
+
+
 def test_the_headings_of_a_small_confusion_matrix_fit():
     drawn = plots.confusion(["a", "b"], [[3, 1], [0, 4]])
     width = float(re.search(r'viewBox="0 0 ([0-9.]+)', drawn).group(1))
