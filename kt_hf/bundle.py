@@ -88,10 +88,6 @@ class Step:
         """The model's outputs on the training batch."""
         return self.forward("train")
 
-    def task_loss(self) -> tuple[torch.Tensor, torch.Tensor | None, str]:
-        """(values, weight, unit) of the task's own loss, as it would be without any strategy."""
-        return self.task.loss(self.outputs, self.batch, self._bundle.label_smoothing)
-
     def forward(self, stream: str = "train") -> Any:
         """The model's outputs on a stream, computed once."""
         if stream not in self._outputs:
@@ -162,6 +158,7 @@ class Bundle(nn.Module):
         self.forward_kwargs = merge_forward_kwargs(strategies)
         # Plain mappings, which register nothing: those that have the hook, since every call is seeded.
         self.changers = {n: s for n, s in strategies.items() if type(s).batch is not Strategy.batch}
+        self.weighers = [s for s in strategies.values() if type(s).weigh is not Strategy.weigh]
         self.objectives = {n: s for n, s in strategies.items() if type(s).loss is not Strategy.loss}
         self._evaluated: list[nn.Module] = []  # a list, so that it is no submodule
         self.prefix: Prefix | None = None
@@ -214,7 +211,10 @@ class Bundle(nn.Module):
             weight *= strategy.task_weight(position.progress)
         terms: dict[str, torch.Tensor] = {}
         if weight and self.task.has_loss:
-            mean = step.mean(*step.task_loss())
+            values, weights, unit = self.task.loss(step.outputs, batch, self.label_smoothing)
+            for strategy in self.weighers:
+                weights = strategy.weigh(weights, values, batch)
+            mean = step.mean(values, weights, unit)
             terms["task"] = mean if weight == 1.0 else weight * mean
         elif not any(type(s).adds_objective for s in stack.values()):
             raise RecipeError(

@@ -16,6 +16,7 @@ HOOKS = (
     "ready",
     "lr_scale",
     "batch",
+    "weigh",
     "loss",
     "after_step",
     "eval_model",

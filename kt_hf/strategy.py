@@ -10,7 +10,7 @@ strategies combine, and the trainer is the only caller:
     for step in range(planned):
         for micro_batch in window:                                      # gradient accumulation
             for strategy in stack:  batch = strategy.batch(batch, model, progress)
-            terms = task_weight * task loss  +  all of strategy.loss(step)
+            terms = task_weight * task loss, its values weighed  +  all of strategy.loss(step)
             backward
         clip, update
         for strategy in stack:  strategy.after_step(model, progress)
@@ -106,6 +106,11 @@ class Strategy(nn.Module):
     def batch(self, batch: Batch, model: nn.Module, progress: float) -> Batch:
         """Change the batch on the device, inside the forward: mixup, masking, routing. Return a new mapping."""
         return batch
+
+    def weigh(self, weight: torch.Tensor | None, values: torch.Tensor, batch: Batch) -> torch.Tensor | None:
+        """Weights of the values of the task's own loss (None: all 1), folded in list order: rare classes, doubtful
+        labels. The loss stays a mean by count."""
+        return weight
 
     def loss(self, step: Step) -> dict[str, torch.Tensor]:
         """Extra objectives by name, each from `step.mean` or `step.once`; logged as `strategy/name`."""

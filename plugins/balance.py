@@ -28,7 +28,6 @@ class Balance(Strategy):
     """
 
     paper = "Cui et al. 2019, Class-Balanced Loss Based on Effective Number of Samples, arXiv:1901.05555"
-    adds_objective = True
     neutral = {"beta": 0.0}
 
     def __init__(
@@ -43,18 +42,13 @@ class Balance(Strategy):
         how = "weighs the loss of classes" if self.by == "weights" else "draws rows of classes"
         return f"{how} by {'1 / n' if self.beta == 1 else f'their effective number, beta {self.beta:g}'}"
 
-    def task_weight(self, progress: float) -> float:
-        return 0.0 if self._weighs else 1.0
-
-    @property
-    def _weighs(self) -> bool:
-        return self.by == "weights" and self.beta > 0
-
     def ready(self, model: nn.Module, run: Any) -> None:
-        if not self._weighs:
+        if self.by != "weights" or not self.beta:
             return
         if run.info.labels is None or run.loaded.label_ids is None:
             raise RecipeError("'balance': the data have no classes", "leave it out")
+        if run.task.unit == "class":
+            raise RecipeError("'balance': rows may have several classes, each a yes or no of its own", "leave it out")
         found = run.info.splits["train"]["label"][:]
         flat = [y for row in found for y in (row if isinstance(row, list) else [row]) if y is not None and y >= 0]
         weights = balancing.weights(np.bincount(flat, minlength=len(run.info.labels)), self.beta)
@@ -62,17 +56,16 @@ class Balance(Strategy):
         of_model_C[torch.tensor(run.loaded.label_ids)] = torch.from_numpy(weights).float()
         self.register_buffer("weights_C", of_model_C.to(run.device))
 
-    def loss(self, step: Any) -> dict[str, torch.Tensor]:
-        if not self._weighs:
-            return {}
-        values, weight, unit = step.task_loss()
-        labels = step.batch["labels"]
+    def weigh(self, weight: torch.Tensor | None, values: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor | None:
+        if self.by != "weights" or not self.beta:
+            return weight
+        labels = batch["labels"]
         if labels.is_floating_point() or labels.numel() != values.numel():
             raise RecipeError(
                 "'balance': every value of the loss must have one class", "use by=sampling, or leave it out"
             )
         own = self.get_buffer("weights_C")[labels.clamp(min=0)].reshape(values.shape)
-        return {"loss": step.mean(values, own if weight is None else own * weight, unit)}
+        return own if weight is None else own * weight
 
     def _draw(self, data: Any, batch_size: int, seed: int, epoch: int) -> Iterator[np.ndarray]:
         """As many rows as an epoch has, drawn with the weights of their classes."""

@@ -53,11 +53,11 @@ def test_the_loss_is_the_weighted_one_of_torch(tmp_path):
     sizes = {"train": (24,)}
     position = made.position(0, 0, 1, made.count([{"train": batch}], [sizes]), sizes)
     terms = made.bundle("loss", batch, {}, position)
-    assert list(terms) == ["balance/loss"]
+    assert list(terms) == ["task"]
     logits = made.task.forward(made.bundle.model, batch).logits
     weights = torch.from_numpy(balancing.weights(np.bincount(batch["labels"]), 1.0)).float()
     expected = F.cross_entropy(logits, batch["labels"], weight=weights)
-    torch.testing.assert_close(terms["balance/loss"], expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(terms["task"], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_drawing_makes_classes_even_and_follows_from_its_arguments():
