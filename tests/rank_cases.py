@@ -1,9 +1,11 @@
 """Trainings that must come out alike on any number of processes: `rank_cases.py FOLDER TEACHER CASE...` runs them in
 this process or on every rank, and writes what they leave to FOLDER."""
 
+import dataclasses
 import json
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,9 @@ from helpers import make_trainer, weights
 from safetensors.torch import save_file
 
 from kt_hf import Strategy, Stream, evaluation
+from kt_hf.data import DataInfo
 from kt_hf.errors import NonFiniteError
+from kt_hf.streaming import Source
 from kt_hf.trainer import Trainer
 
 ADAMW = {"max_steps": 20, "learning_rate": 2e-3, "adam_epsilon": 1e-4, "logging_steps": 3, "eval_steps": 10}
@@ -87,12 +91,25 @@ class Stop(Strategy):
             raise InterruptedError
 
 
+def streamed(info: DataInfo) -> DataInfo:
+    """The same training rows, of which nobody knows how many there are."""
+    opened = info.splits["train"].remove_columns("index").to_iterable_dataset().decode(False)
+
+    def refine(rows: list[dict[str, Any]], numbers: Sequence[int]) -> list[dict[str, Any]]:
+        return [{**row, "index": number} for row, number in zip(rows, numbers, strict=True)]
+
+    return dataclasses.replace(info, stream=Source(opened, refine, block_size=10))
+
+
 def build(name: str, folder: Path, teacher: str, factor: int, extra: dict[str, Any]) -> Trainer:
     """`factor`: how many processes this one stands for; it takes a batch so many times larger."""
     settings: dict[str, Any] = {**ADAMW, "per_device_train_batch_size": 4 * factor}
     image: dict[str, Any] = {"kind": "image", "info": helpers.image_info(27), "task": helpers.ImageClassification()}
     if name in helpers.CASES:
         return make_trainer(folder, strategies={**helpers.stack(name, teacher), **extra}, **image, **settings)
+    if name == "streamed":
+        image["info"] = streamed(image["info"])
+        return make_trainer(folder, strategies={"finetune": {}, **extra}, **image, **settings)
     if name == "text":
         return make_trainer(folder, "text", {"finetune": {}, **extra}, **settings)
     if name == "packed":  # batches of which the layers leave the padding out
@@ -124,7 +141,19 @@ def build(name: str, folder: Path, teacher: str, factor: int, extra: dict[str, A
     return make_trainer(folder, strategies={**helpers.stack("distill+ema", teacher), **extra}, **image, **settings)
 
 
-CASES = (*helpers.CASES, "text", "packed", "contrastive", "empty", "unused", "batchwise", "early", "auto", "resume")
+CASES = (
+    *helpers.CASES,
+    "text",
+    "streamed",
+    "packed",
+    "contrastive",
+    "empty",
+    "unused",
+    "batchwise",
+    "early",
+    "auto",
+    "resume",
+)
 
 
 def run(name: str, folder: Path, teacher: str, factor: int = 1) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

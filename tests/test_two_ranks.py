@@ -97,7 +97,7 @@ def test_contrastive_sees_the_rows_of_all_ranks(two, teacher, tmp_path):
     compare(two, "contrastive", teacher, tmp_path)
 
 
-@pytest.mark.parametrize(("name", "rows"), [("finetune", 27), ("contrastive", 23), ("empty", 25)])
+@pytest.mark.parametrize(("name", "rows"), [("finetune", 27), ("streamed", 27), ("contrastive", 23), ("empty", 25)])
 def test_ranks_share_the_rows(name, rows, two):
     """Disjoint in every step, all rows in every epoch, sizes that differ by at most one."""
     (first, second) = (facts["indices"] for facts in read(two, name)[1])
