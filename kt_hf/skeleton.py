@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kt_hf import stages
+from kt_hf import ensembling, settings, stages
 from kt_hf.errors import KtError
-from kt_hf.facts import Run
+from kt_hf.facts import Run, load_frozen
 from kt_hf.recipe import Merge, Model, Train
 from kt_hf.task import Loaded
 
@@ -48,8 +50,37 @@ def plan_setup(context: Context, stage: Train) -> Sketch | None:
         for strategy in stack.values():
             model = strategy.setup(model, run)
     loaded.model = model
+    _check_teachers(context, stage, stack, run)
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return Sketch(loaded, stack, run, sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes))
+
+
+def _check_teachers(context: Context, stage: Train, stack: dict[str, Any], run: Run) -> None:
+    """Whether models on disk that strategies ask go with the student: vocabulary, labels, normalisation."""
+    for name, strategy in stack.items():
+        given = context.settings.get((stage.name, f"strategy:{name}"), {})
+        for ref in settings.references(type(strategy), given, "model").values():
+            model = context.resolve(ref, 0)
+            folder = Path(str(model.path))
+            if run.task.sketches and ((folder / "config.json").is_file() or ensembling.is_ensemble(folder)):
+                with _quietly(f"the teacher of {stage.name}"), torch.device("meta"):
+                    load_frozen(model, run.task, run.info, torch.device("meta"), run.loaded, str(ref))
+
+
+@contextmanager
+def _quietly(what: str) -> Iterator[None]:
+    """Only mistakes are told: the same remarks come again with the real model, and some models cannot be built without
+    their weights, which is no fault of the recipe."""
+    level = logging.getLogger("kt_hf").level
+    try:
+        logging.getLogger("kt_hf").setLevel(logging.ERROR)
+        yield
+    except KtError:
+        raise
+    except Exception as error:
+        logger.debug("no skeleton for %s: %s", what, error)
+    finally:
+        logging.getLogger("kt_hf").setLevel(level)
 
 
 def resolver(context: Context) -> Any:
@@ -63,21 +94,14 @@ def resolver(context: Context) -> Any:
 
 
 def _load(context: Context, stage: Train) -> Loaded | None:
-    ref = fresh(context, stage.model)
+    ref, task = fresh(context, stage.model), context.task(stage)
     if ref is None:
         return None
-    level = logging.getLogger("kt_hf").level
-    try:
-        logging.getLogger("kt_hf").setLevel(logging.ERROR)  # the same remarks come again with the real model
-        with torch.device("meta"):
-            return context.task(stage).load(ref, context.info(stage))
-    except KtError:
-        raise
-    except Exception as error:  # some models cannot be built without their weights; that is no fault of the recipe
-        logger.debug("no skeleton for %s: %s", stage.name, error)
-        return None
-    finally:
-        logging.getLogger("kt_hf").setLevel(level)
+    if task.sketches and stage.model is not None and stage.model.path is not None and Path(stage.model.path).is_dir():
+        ref = stage.model  # a checkpoint itself, with its labels
+    with _quietly(stage.name), torch.device("meta"):
+        return task.load(ref, context.info(stage))
+    return None
 
 
 def fresh(context: Context, ref: Model | None) -> Model | None:

@@ -90,6 +90,9 @@ class Task:
     """What peft calls the task in an adapter's folder, such as `SEQ_CLS`."""
     classes_from: ClassVar[Literal["model", "user"] | None] = None
     """Who names the classes that `kt-hf predict` chooses from."""
+    sketches: ClassVar[bool] = True
+    """Whether `load` matches the labels of a checkpoint without its weights where torch's default device is meta, as
+    `loading.load_model` does. The plan then finds what does not go together."""
     conformance: ClassVar[dict[str, Any]] = {}
     """How the kit tries it: `model`, settings of a tiny fresh model; `roles`, names of the columns that its rows have,
     where those that are required do not do; `settings`, where the constructor needs some."""

@@ -49,6 +49,7 @@ class ZeroShotImageClassification(classification.Classification, Task):
 
     auto_class = "AutoModelForZeroShotImageClassification"
     classes_from = "user"
+    sketches = False
     conformance = {
         "roles": ("image", "text", "label"),
         "model": {"image": VIT, "text": BERT, "projection_dim": 16},

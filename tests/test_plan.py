@@ -1,0 +1,81 @@
+"""What does not go together is found before any stage begins: labels, vocabularies, normalisation of checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import BERT, VIT, config, task_and_info
+from test_data import write
+
+from kt_hf import Data, Recipe, Train, run
+from kt_hf.errors import KtError
+from kt_hf.recipe import Model
+
+TINY = {"config": "bert", "config_overrides": BERT}
+
+
+def saved(folder: Path, kind: str, labels: list[str], model: Model | None = None) -> str:
+    """A checkpoint of a tiny model with a head for these labels."""
+    task, info = task_and_info(kind)
+    loaded = task.load(model or config(kind), dataclasses.replace(info, labels=labels))
+    task.save(loaded, folder)
+    return str(folder)
+
+
+def texts(path: Path) -> str:
+    rows = {
+        "text": [f"word{i} word{i + 1}" for i in range(12)],
+        "label": [("cat", "dog", "owl")[i % 3] for i in range(12)],
+    }
+    return str(write(path, train=rows, validation=rows, test=rows))
+
+
+def refused(tmp_path: Path, model: Any, data: str, stages: list[Any]) -> str:
+    recipe = Recipe(data=Data(data), model=model, training={"max_steps": 2, "report_to": "none"}, stages=stages)
+    with pytest.raises(KtError) as found:
+        run(recipe, tmp_path / "out")
+    assert found.value.exit_code == 2
+    assert not (tmp_path / "out" / "first").exists(), "nothing was begun"
+    return str(found.value)
+
+
+def test_a_teacher_of_other_classes_or_words(tmp_path):
+    student = saved(tmp_path / "student", "text", ["cat", "dog", "owl"])
+    strangers = saved(tmp_path / "strangers", "text", ["cat", "dog", "emu"])
+    fewer = saved(tmp_path / "fewer", "text", ["cat", "dog", "owl"], config("text", vocab_size=2000))
+    data = texts(tmp_path / "data")
+
+    def stages(teacher: str) -> list[Any]:
+        return [Train("first"), Train("second", strategies=[{"distill": {"teacher": teacher}}])]
+
+    assert "owl unknown to the model" in refused(tmp_path, student, data, stages(strangers))
+    # the fresh student's tokenizer is made of other texts than the teacher's
+    assert "differ in vocabulary" in refused(tmp_path, TINY, data, stages(fewer))
+
+
+def test_a_student_whose_head_is_for_other_classes(tmp_path):
+    strangers = saved(tmp_path / "strangers", "text", ["cat", "dog", "emu"])
+    stages = [Train("first", model=TINY), Train("second")]
+    assert "owl unknown to the model" in refused(tmp_path, strangers, texts(tmp_path / "data"), stages)
+
+
+def test_a_teacher_that_sees_images_in_another_way(tmp_path):
+    teacher = saved(tmp_path / "teacher", "image", ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"])
+    small = {"config": "vit", "config_overrides": VIT, "processor_overrides": {"image_mean": [0.1] * 3}}
+    stages = [Train("first"), Train("second", strategies=[{"distill": {"teacher": teacher}}])]
+    recipe = Recipe(data=Data("digits"), model=small, training={"max_steps": 2, "report_to": "none"}, stages=stages)
+    with pytest.raises(KtError, match="image_mean"):
+        run(recipe, tmp_path / "out")
+    assert not (tmp_path / "out" / "first").exists()
+
+
+def test_what_goes_together_is_trained(tmp_path):
+    student = saved(tmp_path / "student", "text", ["owl", "cat", "dog"])
+    data = texts(tmp_path / "data")
+    stages = [Train("first", strategies=["lora", {"distill": {"teacher": student}}])]
+    training = {"max_steps": 2, "report_to": "none"}
+    report = run(Recipe(data=Data(data), model=student, training=training, stages=stages), tmp_path / "out")
+    assert report["stages"][0]["name"] == "first"
