@@ -7,15 +7,14 @@ Shapes: N rows of a split, V values in all of its lists.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import datasets
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from kt_hf.errors import DataError, RecipeError, nearest
-from kt_hf.reading import arrow
+
+if TYPE_CHECKING:
+    import datasets
 
 Kind = Literal["class", "classes", "number"]
 
@@ -31,7 +30,10 @@ class Labels:
 
     def encode(self, rows: datasets.Dataset, unknown: int = -1) -> Any:
         """The column `label` with numbers for classes, -1 for a row without a label, `unknown` for a strange value."""
-        column, feature = arrow(rows, "label"), rows.features["label"]
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        column, feature = _column(rows), rows.features["label"]
         if self.kind == "number":
             return pc.cast(column, pa.float32())
         if self.kind == "class":
@@ -59,6 +61,9 @@ def inner(feature: Any) -> Any:
 
 def flatten(column: Any) -> tuple[Any, np.ndarray]:
     """(values_V, lengths_N) of a column of lists; a missing list is an empty one."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
     lengths = pc.fill_null(pc.list_value_length(column), 0)
     flat = pc.list_flatten(column)
     return flat, np.asarray(lengths.to_numpy() if isinstance(lengths, pa.ChunkedArray) else lengths)
@@ -74,6 +79,8 @@ def settle(splits: dict[str, datasets.Dataset], kind: Kind, wanted: list[Any] | 
         if wanted:
             raise RecipeError("data.labels: the labels are numbers, no classes", "leave data.labels out")
         return Labels(kind, None, {})
+    import datasets
+
     names = class_names(splits, kind)
     if kind == "classes" and wanted:
         raise RecipeError("data.labels: rows have lists of classes, of which none can be left out", "leave it out")
@@ -88,9 +95,12 @@ def settle(splits: dict[str, datasets.Dataset], kind: Kind, wanted: list[Any] | 
 
 def class_names(splits: dict[str, datasets.Dataset], kind: Kind) -> list[str]:
     """Named classes keep their order, others are sorted; splits match by name."""
+    import datasets
+    import pyarrow.compute as pc
+
     with_labels = {split: rows for split, rows in splits.items() if "label" in rows.column_names}
     features = {split: rows.features["label"] for split, rows in with_labels.items()}
-    columns: dict[str, Any] = {split: arrow(rows, "label") for split, rows in with_labels.items()}
+    columns: dict[str, Any] = {split: _column(rows) for split, rows in with_labels.items()}
     if kind == "classes":
         features = {split: inner(feature) for split, feature in features.items()}
         columns = {split: flatten(column)[0] for split, column in columns.items()}
@@ -109,6 +119,10 @@ def class_names(splits: dict[str, datasets.Dataset], kind: Kind) -> list[str]:
 
 def positions(column: Any, feature: Any, places: dict[str, int], unknown: int) -> np.ndarray:
     """The number of every value's class; -1 for none, `unknown` for a value without a place."""
+    import datasets
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
     encoded = pc.dictionary_encode(column)
     encoded = encoded.combine_chunks() if isinstance(encoded, pa.ChunkedArray) else encoded
     values = encoded.dictionary.to_pylist()
@@ -116,6 +130,12 @@ def positions(column: Any, feature: Any, places: dict[str, int], unknown: int) -
         values = [feature.names[v] if v is not None and 0 <= v < feature.num_classes else None for v in values]
     table = np.array([-1 if value is None else places.get(str(value), unknown) for value in values] + [-1])
     return table[encoded.indices.fill_null(len(values)).to_numpy(zero_copy_only=False)]
+
+
+def _column(rows: datasets.Dataset) -> Any:
+    from kt_hf.reading import arrow
+
+    return arrow(rows, "label")
 
 
 def _class_number(label: Any, names: list[str]) -> int:

@@ -238,12 +238,14 @@ def test_roles_of_real_layouts(kind: str, features: dict[str, Any], roles: dict[
 
 
 @pytest.mark.parametrize(
-    "media", [datasets.Audio(), datasets.Video(), datasets.List(PICTURE)], ids=["sound", "video", "frames"]
+    ("media", "tasks"),
+    [(datasets.Audio(), ["audio-classification"]), (datasets.Video(), []), (datasets.List(PICTURE), [])],
+    ids=["sound", "video", "frames"],
 )
-def test_what_is_said_about_a_sound_is_not_taken_for_the_task(media: Any) -> None:
+def test_what_is_said_about_a_sound_is_not_taken_for_the_task(media: Any, tasks: list[str]) -> None:
     beside = {"label": C(names=["a", "b"]), "speaker": V("string")}
     assert [name for name, _ in fitting_tasks(datasets.Features(beside))] == [TEXT]
-    assert fitting_tasks(datasets.Features({"media": media, **beside})) == []
+    assert [name for name, _ in fitting_tasks(datasets.Features({"media": media, **beside}))] == tasks
 
 
 @pytest.mark.parametrize(
@@ -256,7 +258,7 @@ def test_what_is_said_about_a_sound_is_not_taken_for_the_task(media: Any) -> Non
         ),
         ({"x": V("string"), "y": V("string"), "label": C(names=["a"])}, {}, "several columns could be the text: x, y"),
         ({"text": V("string"), "mood": V("string")}, {}, "no column can be the label"),
-        ({"text": V("string"), "score": V("float32")}, {"label": "score"}, "'score' is float32, not class"),
+        ({"text": V("string"), "at": V("timestamp[s]")}, {"label": "at"}, "'at' is timestamp[s], not class or classes"),
         ({"text": V("string"), "label": C(names=["a"])}, {"text": "label"}, "'label' is class of 1, not string"),
         ({"text": V("string"), "label": C(names=["a"])}, {"txt": "text"}, "did you mean 'text'"),
         ({"text": V("string"), "label": C(names=["a"])}, {"text": "txet"}, "there is no column 'txet'"),
