@@ -248,7 +248,8 @@ class Bench:
         task, batch = task or Tokens(), settings.pop("per_device_train_batch_size", 8)
         splits = {"train": rows(task, 256 if size == "large" else 64), "validation": rows(task, 16)}
         facts = {"name": "random", "roles": {}, "labels": None, "counts": {}, "path": ""}
-        info: Any = SimpleNamespace(splits=splits, fingerprint=f"random-{type(task).__name__}", **facts)
+        name = f"random-{type(task).__name__}"
+        info: Any = SimpleNamespace(splits=splits, fingerprint=name, stream=None, **facts)
         given = {"max_steps": 12, "learning_rate": 5e-3, "adam_epsilon": 1e-4, "logging_steps": 1, "eval_steps": 0}
         training: Any = Training(**{**given, "per_device_train_batch_size": batch, **settings})
         randomness.seed_all("load", training.seed)
