@@ -361,9 +361,9 @@ def _empty(rows: datasets.Dataset, roles: dict[str, str]) -> np.ndarray:
     return bad_N
 
 
-def _says_nothing(turns: list[dict[str, Any]] | None) -> bool:
-    """A chat without a word: no turns, or none with content."""
-    contents = [turn.get("content") for turn in turns or [] if isinstance(turn, dict)]
+def _says_nothing(turns: list[Any] | None) -> bool:
+    """A list of captions or a chat without a word: nothing in it, or nothing with content."""
+    contents = [turn.get("content") if isinstance(turn, dict) else turn for turn in turns or []]
     return not any(content.strip() if isinstance(content, str) else content for content in contents)
 
 

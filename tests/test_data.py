@@ -418,6 +418,15 @@ def test_chats_without_a_word_are_empty(tmp_path: Path) -> None:
     assert list(info.texts()) == ["yes"]
 
 
+def test_lists_of_captions_are_empty_only_without_a_word(tmp_path: Path) -> None:
+    captions = [["a dog", ""], [], ["", " "], ["a cat"]]
+    features = datasets.Features(image=datasets.Image(), captions=datasets.List(V("string")))
+    images = [image(i) for i in range(len(captions))]
+    folder = write(tmp_path, features=features, train={"image": images, "captions": captions})
+    info = prepared(folder, "zero-shot-image-classification", drop=["empty"], validation_size=0.5)
+    assert info.counts["empty"] == 2 and sum(len(info.splits[s]) for s in ("train", "validation")) == 2
+
+
 @pytest.mark.parametrize(
     ("drop", "train", "validation"),
     [
