@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from kt_hf.recipe import Model
 
 Batch = dict[str, Any]
+FILL = -100
+"""What fills predictions with two dimensions where a batch's are narrower than the widest."""
 FACTS = "kt_hf.json"
 """What an adapter's folder records beside peft's own files."""
 
@@ -136,7 +138,10 @@ class Task:
     def preprocess(
         self, rows: dict[str, list[Any]], loaded: Loaded, train: bool, augment: Any = None
     ) -> dict[str, Any]:
-        """Columns by role, N rows -> model inputs, N rows each. `augment` is a callable on images or None."""
+        """Columns by role, N rows -> model inputs, N rows each. `augment` is a callable on images or None.
+
+        Raises `RowError` for a row that cannot be used.
+        """
         raise NotImplementedError
 
     def row_limit(self, loaded: Loaded) -> int:
@@ -187,7 +192,8 @@ class Task:
         return {}
 
     def predict(self, model: nn.Module, batch: Batch, context: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Predictions with B rows each, compact, references included (`label`)."""
+        """Predictions with B rows each, compact, references included (`label`). Where they have two dimensions, the
+        second may differ from batch to batch: narrower ones are filled with `FILL` on the right."""
         raise NotImplementedError
 
     def from_scores(self, scores_NC: torch.Tensor, weight_N: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
