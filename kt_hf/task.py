@@ -163,6 +163,13 @@ class Task:
         """Preprocessed rows -> a flat batch, always with `index`."""
         raise NotImplementedError
 
+    def part(self, batch: Batch, start: int, stop: int) -> Batch:
+        """The rows from `start` to `stop` of a batch, for running it in chunks. To be told by tasks for which the model
+        sees several rows (windows of a text) for one of the data."""
+        rows = len(batch["index"])
+        own = {k: isinstance(v, torch.Tensor) and v.dim() > 0 and len(v) == rows for k, v in batch.items()}
+        return {k: v[start:stop] if own[k] else v for k, v in batch.items()}
+
     def forward(self, model: nn.Module, batch: Batch, **kwargs: Any) -> Any:
         """Run the model without labels."""
         raise NotImplementedError

@@ -82,7 +82,8 @@ class TokenClassification(Task):
     def sample(cls, count: int, random: np.random.Generator) -> datasets.Dataset:
         names = ["O", "B-stone", "I-stone", "B-lamp", "I-lamp"]
         heads = {1: "redstone", 2: "stony", 3: "oldlamp", 4: "lampish", 0: "river"}
-        tags = [[int(t) for t in random.integers(0, 5, random.integers(3, 9))] for _ in range(count)]
+        lengths = 3 + np.arange(count) * 5 // count + random.integers(0, 2, count)  # later rows are longer
+        tags = [[int(t) for t in random.integers(0, 5, length)] for length in lengths]
         words = [[f"{heads[t]}{random.integers(0, 3)}" for t in row] for row in tags]
         kinds = {
             "tokens": datasets.List(datasets.Value("string")),
@@ -403,7 +404,6 @@ def note_unseen(unseen: int, words: int, limit: int) -> None:
 def of_texts(loaded: Loaded, texts: Sequence[str]) -> list[list[dict[str, Any]]]:
     from transformers import pipeline
 
-    tagger = pipeline(
-        "token-classification", model=loaded.model, tokenizer=loaded.processor, aggregation_strategy="first"
-    )
+    model: Any = loaded.model
+    tagger = pipeline("token-classification", model=model, tokenizer=loaded.processor, aggregation_strategy="first")
     return [[{**found, "score": float(found["score"])} for found in tagger(text)] for text in texts]

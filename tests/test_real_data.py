@@ -126,3 +126,13 @@ def test_tags_of_words(name: str, sizes: tuple[int, int, int], tags: int) -> Non
         assert (
             prepare(name, data(name, where={"domain": "politics"}), task("token-classification")).counts["train"] == 200
         )
+
+
+@pytest.mark.parametrize(("name", "sizes"), [("xquad", (3525, 460, 1965)), ("subjqa", (1980, 313, 737))])
+def test_questions_with_their_answers(name: str, sizes: tuple[int, int, int]) -> None:
+    assert fitting(name) == ["question-answering"]
+    info = prepare(name, data(name), task("question-answering"))
+    assert tuple(info.counts[s] for s in ("train", "validation", "test")) == sizes
+    for row in info.splits["test"]:
+        found = zip(row["answers"]["text"], row["answers"]["answer_start"], strict=True)
+        assert all(row["context"][start:].startswith(text) for text, start in found)

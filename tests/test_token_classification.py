@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +14,6 @@ import pytest
 import torch
 from kt_hf_plugins import token_classification as tokens
 from kt_hf_plugins.token_classification import TokenClassification
-from safetensors.torch import load_file
 from seqeval.metrics import f1_score, precision_score, recall_score
 from test_data import write
 
@@ -30,7 +26,6 @@ from kt_hf.runner import run
 from kt_hf.task import FILL, Loaded
 from kt_hf.testing.bench import Bench, differing, fresh_model
 
-HERE = Path(__file__).parent
 NAME = "token-classification"
 TAGS = ["O", "B-stone", "I-stone", "B-lamp", "I-lamp"]
 FEATURES = datasets.Features(
@@ -299,20 +294,7 @@ def test_weights_of_an_ensemble_cannot_be_fitted(bench: Bench, tmp_path: Path):
 def test_two_ranks_train_and_measure_as_one(bench: Bench, tmp_path: Path):
     """9 rows of different lengths on two ranks, in batches of 2."""
     bench.saved("start")
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-    measured_on_ranks.main(NAME, bench.folder, tmp_path / "one", factor=2)
-    launch(HERE / "measured_on_ranks.py", NAME, str(bench.folder), str(tmp_path / "two"))
-    one, two = (json.loads((tmp_path / name / "facts.json").read_text()) for name in ("one", "two"))
+    (one, ours), (two, theirs) = measured_on_ranks.one_and_two(NAME, bench.folder, tmp_path, {})
     assert one["metrics"] == pytest.approx(two["metrics"]) and one["index"] == two["index"] == list(range(9))
     assert 0 < one["metrics"]["token_accuracy"] < 1
-    weights = [load_file(tmp_path / name / "weights.safetensors") for name in ("one", "two")]
-    assert not differing(*weights, rtol=1e-4, atol=1e-5)
-
-
-def launch(script: Path, *arguments: str) -> None:
-    """On two processes."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*start, *arguments], capture_output=True, text=True, timeout=400, cwd=HERE, env=environment)
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert not differing(ours, theirs, rtol=1e-4, atol=1e-5)
