@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from kt_hf import Loaded, Role, Task, loading
-from kt_hf.errors import RecipeError, RowError
+from kt_hf.errors import DataError, RecipeError, RowError
 from kt_hf.functional import answers
 from kt_hf.task import FILL, Batch, Scores
 
@@ -240,6 +240,7 @@ class QuestionAnswering(Task):
     ) -> tuple[torch.Tensor, torch.Tensor | None, str]:
         """Cross-entropy of the start and of the end of the answer in every window, in float32, all of weight 1. A
         window without the answer is to point at the token that stands for none."""
+        need_answers("targets" in batch)
         scores_NC, weight_N = self.scores(outputs, batch)
         targets_N = batch["targets"].T.reshape(-1)
         values_N = F.cross_entropy(scores_NC, targets_N, reduction="none")
@@ -304,6 +305,7 @@ class QuestionAnswering(Task):
     def measure(self, predictions: dict[str, np.ndarray], loaded: Loaded, info: Any) -> Scores:
         """exact_match and f1 by SQuAD's definitions (`kt_hf.functional.answers`), means over questions. Where some have
         no answer: f1 of those that have one, and the share of the others that get none."""
+        need_answers("truths" in predictions)
         said, truths = self._said(predictions), [read(row) for row in predictions["truths"]]
         values = {
             "f1": np.array([answers.best(answers.f1, *pair) for pair in zip(said, truths, strict=True)]),
@@ -448,6 +450,11 @@ def best_spans(
         score_V = torch.where(better_V, found_V, score_V)
         first_V, last_V = torch.where(better_V, at_V, first_V), torch.where(better_V, at_V + more, last_V)
     return score_V, first_V, last_V
+
+
+def need_answers(there: bool) -> None:
+    if not there:
+        raise DataError("these rows have no answers", "name their column: data.columns.answers=COLUMN")
 
 
 @functools.cache

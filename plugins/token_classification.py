@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from kt_hf import Loaded, Role, Task, loading
-from kt_hf.errors import RecipeError, RowError
+from kt_hf.errors import DataError, RecipeError, RowError
 from kt_hf.task import FILL, Batch, Scores
 
 logger = logging.getLogger(__name__)
@@ -238,9 +238,11 @@ class TokenClassification(Task):
 
     def measure(self, predictions: dict[str, np.ndarray], loaded: Loaded, info: Any) -> Scores:
         """Entities by seqeval; with the F1 of every type that occurs. token_accuracy: the share of words with a tag
-        whose tag is right, and no word is right that the model has not seen."""
+        whose tag is right, and no word is right that the model has not seen. Raises `DataError` without any tag."""
         truth_RW, guess_RW = predictions["label"], predictions["prediction"]
         known_RW = truth_RW >= 0
+        if not known_RW.any():
+            raise DataError("no word of these rows has a tag", "name the column of tags: data.columns.label=COLUMN")
         unseen = int((known_RW & (guess_RW == UNKNOWN)).sum())
         if unseen:
             note_unseen(unseen, int(known_RW.sum()), self.max_length)

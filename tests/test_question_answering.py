@@ -213,6 +213,18 @@ def test_an_answer_that_is_not_there_is_named(bench: Bench, loaded: Loaded):
     assert "answer_start" in caught.value.remedy
 
 
+def test_rows_without_answers_are_neither_learnt_nor_measured(bench: Bench, loaded: Loaded):
+    task = QuestionAnswering()
+    found = predictions(["lamp"], [["lamp"]], [0.0])
+    del found["truths"]
+    with pytest.raises(DataError, match="have no answers"):
+        task.measure(found, loaded, None)
+    batch = batch_of(task, bench, loaded)
+    del batch["targets"]
+    with pytest.raises(DataError, match="have no answers"):
+        task.loss(task.forward(loaded.model, batch), batch)
+
+
 # --- answers ---
 
 

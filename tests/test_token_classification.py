@@ -151,6 +151,13 @@ def test_words_without_a_tag_are_left_out():
     assert task.measure(more, loaded, None).metrics == task.measure(found, loaded, None).metrics
 
 
+def test_rows_without_any_tag_are_not_measured(loaded: Loaded):
+    found = made_up()
+    found["label"] = np.where(found["label"] == FILL, FILL, -1)
+    with pytest.raises(DataError, match="no word of these rows has a tag"):
+        TokenClassification().measure(found, loaded, None)
+
+
 def test_the_majority_tag_finds_no_entities(bench: Bench, loaded: Loaded):
     found = {**made_up(), "probability": np.zeros(1)}
     scores = bench.task.majority({"label": [[0, 0, 1], [], [0, None]]}, found, loaded, bench.info)
