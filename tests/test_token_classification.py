@@ -212,11 +212,16 @@ def test_seqeval_is_asked_for_before_anything_is_trained(bench: Bench, monkeypat
         metrics.seqeval()
 
 
-def test_a_byte_level_tokenizer_must_see_a_space_before_words():
-    from kt_hf import loading
+def test_words_in_a_list_must_have_the_pieces_that_they_have_in_a_text(tmp_path: Path):
+    from transformers import AutoTokenizer, RobertaTokenizerFast
 
-    tokenizer = loading.train_tokenizer(["redstone river"] * 9, causal=True)
-    tokens.check_tokenizer(tokenizer)  # ours takes lists of words
+    names = ["<s>", "</s>", "<unk>", "<pad>", "<mask>", "a", "\u0120", "\u0120a"]
+    given = {"vocab": {name: i for i, name in enumerate(names)}, "merges": [("\u0120", "a")]}
+    RobertaTokenizerFast(**given).save_pretrained(tmp_path)
+    with pytest.raises(RecipeError, match="other pieces of words in a list") as caught:
+        tokens.check_tokenizer(AutoTokenizer.from_pretrained(tmp_path))
+    assert "processor_overrides.add_prefix_space=true" in caught.value.remedy
+    tokens.check_tokenizer(AutoTokenizer.from_pretrained(tmp_path, add_prefix_space=True))
     with pytest.raises(RecipeError, match="which word"):
         tokens.check_tokenizer(type("Slow", (), {"is_fast": False})())
 
