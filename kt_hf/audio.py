@@ -10,28 +10,31 @@ from typing import Any
 
 import numpy as np
 
-from kt_hf.errors import DataError, RecipeError
+from kt_hf.errors import RecipeError, RowError
 
 
-def decode(value: dict[str, Any] | None, rate: int, where: str) -> np.ndarray:
+def decode(value: dict[str, Any] | None, rate: int, place: int) -> np.ndarray:
     """The wave of a row: float32 in [-1, 1], the mean of its channels, resampled to `rate` per second.
 
-    value: `bytes` or `path`, as the data library holds them. where: names the row in messages. Raises `DataError`.
+    value: `bytes` or `path`, as the data library holds them. place: of the row among those of its call. Raises
+    `RowError`.
     """
     try:
         import soundfile
     except ImportError as error:
         raise RecipeError(f"reading sound needs soundfile ({error})", "pip install 'kt_hf[audio]'") from error
     if value is None or (value.get("bytes") is None and value.get("path") is None):
-        raise DataError(f"{where} has no sound", "leave it out: data.drop=[empty]")
+        raise RowError(place, "there is no sound", "leave it out: data.drop=[empty]")
     source = value["path"] if value.get("bytes") is None else io.BytesIO(value["bytes"])
     try:
         wave_LC, own = soundfile.read(source, dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, OSError, TypeError) as error:
         what = " ".join(str(error).split())[:150]
-        raise DataError(f"{where} cannot be decoded as sound: {what}", "mend the file, or leave the row out") from error
+        raise RowError(
+            place, f"it cannot be decoded as sound: {what}", "mend the file, or leave the row out"
+        ) from error
     if not len(wave_LC):
-        raise DataError(f"{where} holds no sound at all", "leave the row out")
+        raise RowError(place, "the file holds no sound at all", "leave the row out")
     return resample(wave_LC.mean(1), own, rate)
 
 

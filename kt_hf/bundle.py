@@ -240,10 +240,7 @@ class Bundle(nn.Module):
             return self.task.forward(self.model, batch, **self.forward_kwargs)
         parts = []
         for start in range(0, rows, self.chunk):
-            part = {
-                k: v[start : start + self.chunk] if isinstance(v, torch.Tensor) and v.dim() and len(v) == rows else v
-                for k, v in batch.items()
-            }
+            part = self.task.part(batch, start, start + self.chunk)
             parts.append(checkpoint(self.task.forward, self.model, part, use_reentrant=False, **self.forward_kwargs))
         return _concatenate(parts)
 

@@ -30,7 +30,7 @@ __all__ = ["SPLITS", "DataInfo", "find_roles", "kinds", "prepare", "read"]
 
 logger = logging.getLogger(__name__)
 
-_TEXT_ROLES = ("text", "prompt", "completion", "messages")
+_TEXT_ROLES = ("text", "prompt", "completion", "messages", "tokens", "question", "context")
 _FILES = (datasets.Image, datasets.Audio)
 """Columns of encoded files."""
 _HEAD = 65536
@@ -67,7 +67,7 @@ class DataInfo:
     def texts(self) -> Iterator[str]:
         """The training texts, for a tokenizer that is trained on them."""
         train = self.splits.get("train") or next(iter(self.splits.values()))
-        for role in ("text", "text_pair", "prompt", "completion", "messages"):
+        for role in ("text", "text_pair", "prompt", "completion", "messages", "tokens", "question", "context"):
             if role not in self.roles:
                 continue
             for value in train[role]:

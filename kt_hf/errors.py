@@ -33,6 +33,15 @@ class DataError(KtError):
     exit_code = 3
 
 
+class RowError(DataError):
+    """What is wrong with one of the rows that `Task.preprocess` was given; its place among them, from 0. The loader
+    says which row of the data that is."""
+
+    def __init__(self, place: int, cause: str, remedy: str = ""):
+        self.place = place
+        super().__init__(cause, remedy)
+
+
 class IntegrityError(KtError):
     """A file is not what it says it is, or would be unsafe to load."""
 

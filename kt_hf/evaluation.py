@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from kt_hf import randomness, signals
 from kt_hf.loader import Rows, evaluation_batches, load_batches
-from kt_hf.task import Loaded, Scores, Task
+from kt_hf.task import FILL, Loaded, Scores, Task
 
 if TYPE_CHECKING:
     from kt_hf.data import DataInfo
@@ -63,7 +64,8 @@ def predict(
 
 
 def _gather(found: list[dict[str, torch.Tensor]], accelerator: Any) -> dict[str, np.ndarray]:
-    local = {key: torch.cat([part[key] for part in found]) for key in found[0]}
+    widths = _widths(found, accelerator)
+    local = {key: torch.cat([_widen(part[key], widths.get(key)) for part in found]) for key in found[0]}
     if accelerator.num_processes > 1:
         local = {k: accelerator.gather(v.to(accelerator.device).contiguous()).cpu() for k, v in local.items()}
     real = local["index"] >= 0
@@ -72,6 +74,19 @@ def _gather(found: list[dict[str, torch.Tensor]], accelerator: Any) -> dict[str,
         key: value[real][order].float().numpy() if value.dtype == torch.bfloat16 else value[real][order].numpy()
         for key, value in local.items()
     }
+
+
+def _widths(found: list[dict[str, torch.Tensor]], accelerator: Any) -> dict[str, int]:
+    """The greatest width of every tensor with two dimensions, on all processes."""
+    names = [key for key, value in found[0].items() if value.dim() == 2]
+    widest = torch.tensor([max(part[key].shape[1] for part in found) for key in names], dtype=torch.int64)
+    if accelerator.num_processes > 1 and names:
+        widest = accelerator.gather(widest.to(accelerator.device)[None]).max(0).values
+    return dict(zip(names, widest.tolist(), strict=True))
+
+
+def _widen(value: torch.Tensor, width: int | None) -> torch.Tensor:
+    return value if width is None else F.pad(value, (0, width - value.shape[1]), value=FILL)
 
 
 def measure(task: Task, loaded: Loaded, info: DataInfo, predictions: dict[str, np.ndarray]) -> Scores:

@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from kt_hf import images, randomness, sources
-from kt_hf.errors import DataError, KtError, RecipeError, ResourceError
+from kt_hf.errors import DataError, KtError, RecipeError, ResourceError, RowError
 from kt_hf.task import Batch, Loaded, Task
 
 if TYPE_CHECKING:
@@ -222,7 +222,10 @@ def make_rows(rows: Rows, raw: dict[str, list[Any]], epochs: Sequence[int]) -> l
 
 
 def _preprocess(task: Task, raw: dict[str, list[Any]], loaded: Loaded, train: bool, augment: Any) -> dict[str, Any]:
-    return task.preprocess(raw, loaded, train, augment)
+    try:
+        return task.preprocess({k: v for k, v in raw.items() if k != "index"}, loaded, train, augment)
+    except RowError as error:
+        raise DataError(f"row {raw['index'][error.place]}: {error.cause}", error.remedy) from error
 
 
 def _split_rows(columns: dict[str, Any]) -> list[dict[str, Any]]:

@@ -381,20 +381,22 @@ def load_tokenizer(ref: Model, texts: Iterable[str] | None = None, causal: bool 
     return tokenizer
 
 
-def encode(tokenizer: Any, texts: Any, pairs: Any = None, *, max_length: int) -> Any:
-    """Tokens of texts, or of pairs of texts, cut at `max_length`.
+def encode(
+    tokenizer: Any, texts: Any, pairs: Any = None, *, max_length: int, truncation: Any = True, **how: Any
+) -> Any:
+    """Tokens of texts, or of pairs of texts, cut at `max_length`. how: further arguments of the tokenizer.
 
     A call of a fast tokenizer leaves its cut in the tokenizer, and with it in the file that is exported: in processes
     that have preprocessed rows, but not in those that found them in the cache. So what was there is put back.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        return tokenizer(texts, pairs, truncation=True, max_length=max_length)
-    truncation, padding = backend.truncation, backend.padding
-    encoded = tokenizer(texts, pairs, truncation=True, max_length=max_length)
+        return tokenizer(texts, pairs, truncation=truncation, max_length=max_length, **how)
+    cut, padding = backend.truncation, backend.padding
+    encoded = tokenizer(texts, pairs, truncation=truncation, max_length=max_length, **how)
     backend.no_truncation()
-    if truncation:
-        backend.enable_truncation(**truncation)
+    if cut:
+        backend.enable_truncation(**cut)
     if padding:
         backend.enable_padding(**padding)
     return encoded

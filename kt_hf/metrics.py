@@ -14,7 +14,7 @@ import datasets
 import evaluate
 import numpy as np
 
-from kt_hf.errors import HubError
+from kt_hf.errors import HubError, RecipeError
 
 logging.getLogger("evaluate").setLevel(logging.ERROR)
 
@@ -66,7 +66,53 @@ class MatthewsCorrelation(_SklearnMetric):
         return matthews_corrcoef(references, predictions, sample_weight=sample_weight)
 
 
-OWN = {"accuracy": Accuracy, "macro_f1": MacroF1, "matthews_correlation": MatthewsCorrelation}
+class _EntityMetric(evaluate.Metric):
+    """A metric of entities, which are found in lists of tags as CoNLL's script does (seqeval's default)."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        tags = datasets.List(datasets.Value("string"))
+        features = datasets.Features({"predictions": tags, "references": tags})
+        return evaluate.MetricInfo(
+            description=type(self).__doc__ or "", citation="", inputs_description="tags of rows", features=features
+        )
+
+    def _compute(self, predictions: Any, references: Any, **kwargs: Any) -> dict[str, float]:
+        found = getattr(seqeval(), f"{self.name.removeprefix('entity_')}_score")
+        return {self.name: float(found(references, predictions, zero_division=0)) if references else 0.0}
+
+
+class EntityF1(_EntityMetric):
+    """F1 over entities of all types together: right where type, first and last word are. In [0, 1]."""
+
+
+class EntityPrecision(_EntityMetric):
+    """Share of the predicted entities that are right, in [0, 1]."""
+
+
+class EntityRecall(_EntityMetric):
+    """Share of the true entities that are found, in [0, 1]."""
+
+
+def seqeval() -> Any:
+    """The library's metrics. Raises `RecipeError` where it is not installed."""
+    try:
+        from seqeval.metrics import sequence_labeling
+    except ImportError:
+        raise RecipeError(
+            "entities are measured by seqeval, which is not installed",
+            "pip install kt_hf[token-classification], or measure token_accuracy alone",
+        ) from None
+    return sequence_labeling
+
+
+OWN: dict[str, type[evaluate.Metric]] = {
+    "accuracy": Accuracy,
+    "macro_f1": MacroF1,
+    "matthews_correlation": MatthewsCorrelation,
+    "entity_f1": EntityF1,
+    "entity_precision": EntityPrecision,
+    "entity_recall": EntityRecall,
+}
 
 
 @functools.cache

@@ -216,6 +216,9 @@ def _find(trainer: Trainer) -> Prefix:
     _check_settings(trainer)
     few = list(range(min(_WATCHED, len(rows))))
     batch, half = (_batch(trainer, part) for part in (few, few[: -(-len(few) // 2)]))
+    mask = batch.get("attention_mask")
+    if mask is not None and len(mask) != len(batch["index"]):
+        raise Unsuitable("the model sees several rows for one of the data", "leave it out")
     with _kept_buffers(bundle):
         outputs = _watch(bundle, frozen, batch)
         _check_deterministic(bundle, outputs, batch, half)

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from kt_hf.recipe import Model
 
 Batch = dict[str, Any]
+FILL = -100
+"""What fills predictions with two dimensions where a batch's are narrower than the widest."""
 FACTS = "kt_hf.json"
 """What an adapter's folder records beside peft's own files."""
 
@@ -149,8 +151,11 @@ class Task:
     def preprocess(
         self, rows: dict[str, list[Any]], loaded: Loaded, train: bool, augment: Any = None
     ) -> dict[str, Any]:
-        """Columns by role and `index`, N rows -> model inputs, N rows each. `augment` is a callable on what `augments`
-        names, or None."""
+        """Columns by role, N rows -> model inputs, N rows each. `augment` is a callable on what `augments` names, or
+        None.
+
+        Raises `RowError` for a row that cannot be used.
+        """
         raise NotImplementedError
 
     def row_limit(self, loaded: Loaded) -> int:
@@ -171,6 +176,13 @@ class Task:
     def collate(self, rows: Sequence[dict[str, Any]], loaded: Loaded) -> Batch:
         """Preprocessed rows -> a flat batch, always with `index`."""
         raise NotImplementedError
+
+    def part(self, batch: Batch, start: int, stop: int) -> Batch:
+        """The rows from `start` to `stop` of a batch, for running it in chunks. To be told by tasks for which the model
+        sees several rows (windows of a text) for one of the data."""
+        rows = len(batch["index"])
+        own = {k: isinstance(v, torch.Tensor) and v.dim() > 0 and len(v) == rows for k, v in batch.items()}
+        return {k: v[start:stop] if own[k] else v for k, v in batch.items()}
 
     def forward(self, model: nn.Module, batch: Batch, **kwargs: Any) -> Any:
         """Run the model without labels."""
@@ -201,7 +213,8 @@ class Task:
         return {}
 
     def predict(self, model: nn.Module, batch: Batch, context: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Predictions with B rows each, compact, references included (`label`)."""
+        """Predictions with B rows each, compact, references included (`label`). Where they have two dimensions, the
+        second may differ from batch to batch: narrower ones are filled with `FILL` on the right."""
         raise NotImplementedError
 
     def from_scores(self, scores_NC: torch.Tensor, weight_N: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:

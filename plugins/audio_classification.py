@@ -98,8 +98,7 @@ class AudioClassification(classification.Classification, Task):
     ) -> dict[str, Any]:
         extractor = loaded.processor
         rate, limit = extractor.sampling_rate, round(self.max_seconds * extractor.sampling_rate)
-        names = rows.get("index") or range(len(rows["audio"]))
-        waves = [audio.decode(value, rate, f"row {n}")[:limit] for value, n in zip(rows["audio"], names, strict=True)]
+        waves = [audio.decode(value, rate, place)[:limit] for place, value in enumerate(rows["audio"])]
         if augment is not None:
             waves = [augment(one) for one in waves]
         given = {"sampling_rate": rate, "return_tensors": "np"}

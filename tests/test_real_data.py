@@ -110,3 +110,29 @@ def test_subsets_of_real_sets() -> None:
 
 def _domain() -> str:
     return str(read(data("sentiment_domains"))["train"]["domain"][0])
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "tags"), [("wnut17", (3394, 1009, 1287), 13), ("crossner", (500, 1391, 1610), 51)]
+)
+def test_tags_of_words(name: str, sizes: tuple[int, int, int], tags: int) -> None:
+    assert fitting(name) == ["token-classification"]
+    info = prepare(name, data(name), task("token-classification"))
+    assert tuple(info.counts[s] for s in ("train", "validation", "test")) == sizes
+    assert info.roles == {"tokens": "tokens", "label": "ner_tags"}
+    assert info.labels == read(data(name))["train"].features["ner_tags"].feature.names and len(info.labels) == tags
+    assert all(len(row["tokens"]) == len(row["label"]) for row in info.splits["test"])
+    if name == "crossner":
+        assert (
+            prepare(name, data(name, where={"domain": "politics"}), task("token-classification")).counts["train"] == 200
+        )
+
+
+@pytest.mark.parametrize(("name", "sizes"), [("xquad", (3525, 460, 1965)), ("subjqa", (1980, 313, 737))])
+def test_questions_with_their_answers(name: str, sizes: tuple[int, int, int]) -> None:
+    assert fitting(name) == ["question-answering"]
+    info = prepare(name, data(name), task("question-answering"))
+    assert tuple(info.counts[s] for s in ("train", "validation", "test")) == sizes
+    for row in info.splits["test"]:
+        found = zip(row["answers"]["text"], row["answers"]["answer_start"], strict=True)
+        assert all(row["context"][start:].startswith(text) for text, start in found)

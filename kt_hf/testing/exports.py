@@ -13,7 +13,7 @@ from kt_hf.task import Loaded
 from kt_hf.testing.bench import Bench
 from kt_hf.testing.rules import demand
 
-OUTPUTS = ("logits", "image_embeds", "text_embeds", "last_hidden_state")
+OUTPUTS = ("logits", "start_logits", "end_logits", "image_embeds", "text_embeds", "last_hidden_state")
 
 
 def check(bench: Bench, loaded: Loaded, folder: Path) -> None:
