@@ -30,7 +30,7 @@ __all__ = ["SPLITS", "DataInfo", "find_roles", "kinds", "prepare", "read"]
 
 logger = logging.getLogger(__name__)
 
-_TEXT_ROLES = ("text", "prompt", "completion", "messages")
+_TEXT_ROLES = ("text", "prompt", "completion", "messages", "source", "target")
 _HEAD = 65536
 """Bytes of an image file that is not embedded in the data set by which copies are recognised, with its size."""
 
@@ -65,7 +65,7 @@ class DataInfo:
     def texts(self) -> Iterator[str]:
         """The training texts, for a tokenizer that is trained on them."""
         train = self.splits.get("train") or next(iter(self.splits.values()))
-        for role in ("text", "text_pair", "prompt", "completion", "messages"):
+        for role in ("text", "text_pair", "prompt", "completion", "messages", "source", "target"):
             if role not in self.roles:
                 continue
             for value in train[role]:

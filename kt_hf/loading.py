@@ -322,17 +322,18 @@ def load_tokenizer(ref: Model, texts: Iterable[str] | None = None, causal: bool 
     return tokenizer
 
 
-def encode(tokenizer: Any, texts: Any, pairs: Any = None, *, max_length: int) -> Any:
-    """Tokens of texts, or of pairs of texts, cut at `max_length`.
+def encode(tokenizer: Any, texts: Any, pairs: Any = None, *, max_length: int, target: bool = False) -> Any:
+    """Tokens of texts, or of pairs of texts, cut at `max_length`. target: as the tokenizer has what is to be written.
 
     A call of a fast tokenizer leaves its cut in the tokenizer, and with it in the file that is exported: in processes
     that have preprocessed rows, but not in those that found them in the cache. So what was there is put back.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
+    given = {"text_target": texts} if target else {"text": texts, "text_pair": pairs}
     if backend is None:
-        return tokenizer(texts, pairs, truncation=True, max_length=max_length)
+        return tokenizer(**given, truncation=True, max_length=max_length)
     truncation, padding = backend.truncation, backend.padding
-    encoded = tokenizer(texts, pairs, truncation=True, max_length=max_length)
+    encoded = tokenizer(**given, truncation=True, max_length=max_length)
     backend.no_truncation()
     if truncation:
         backend.enable_truncation(**truncation)
