@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,9 +183,9 @@ def read_inputs(
     inputs: Sequence[str], task: Task, split: str | None
 ) -> tuple[datasets.Dataset, dict[str, str], list[str]]:
     """(rows with the task's role columns and `index`, role -> column, what is shown of each row)."""
-    tables = [item for item in inputs if Path(item).suffix.lower() in TABLES or Path(item).is_dir()]
+    tables = [item for item in inputs if Path(item).suffix.lower() in TABLES or os.path.isdir(item)]
     files = {*TABLES, *(suffix for suffixes in MEDIA.values() for suffix in suffixes)}
-    missing = [i for i in inputs if Path(i).suffix.lower() in files and " " not in i and not Path(i).exists()]
+    missing = [i for i in inputs if Path(i).suffix.lower() in files and " " not in i and not os.path.exists(i)]
     if missing:
         raise DataError(f"there is no file '{missing[0]}'", "name an existing file, or a text")
     if tables and len(inputs) > 1:
@@ -244,7 +245,7 @@ def _single(inputs: Sequence[str], task: Task) -> datasets.Dataset:
 def _medium(item: str) -> str:
     """The kind of role that an input is for."""
     suffix = Path(item).suffix.lower()
-    return next((kind for kind, ends in MEDIA.items() if suffix in ends and Path(item).is_file()), "string")
+    return next((kind for kind, ends in MEDIA.items() if suffix in ends and os.path.isfile(item)), "string")
 
 
 # --- evaluate --------------------------------------------------------------------------------------------------------

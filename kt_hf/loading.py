@@ -291,6 +291,16 @@ def _size(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
+def places(model: Any) -> int:
+    """The longest text that the model has places for. RoBERTa's kin counts them from behind the padding token's."""
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if not isinstance(longest, int) or longest <= 0:
+        return 2**31
+    tables = [m for name, m in model.named_modules() if name.endswith("position_embeddings")]
+    first = next((m.padding_idx + 1 for m in tables if getattr(m, "padding_idx", None) is not None), 0)
+    return longest - first
+
+
 # --- processors
 # --------------------------------------------------------------------------------------------------------
 

@@ -100,7 +100,7 @@ class Task:
     roles: ClassVar[tuple[Role, ...]] = ()
     unit: ClassVar[str] = "example"
     """What the loss and the scores are counted in."""
-    has_loss: ClassVar[bool] = True
+    has_loss: bool = True
     """False where only a strategy can give an objective (dual encoders)."""
     metric: str = "accuracy"
     """The metric that decides, for selection and in the report."""

@@ -105,7 +105,7 @@ class FillMask(Task):
                 f"the tokenizer has {num_tokens} tokens, the model embeddings for {num_rows}",
                 "give the model its own tokenizer (model.processor), or a fresh one a larger vocab_size",
             )
-        tokenizer.model_max_length = min(tokenizer.model_max_length, places(loaded.model))
+        tokenizer.model_max_length = min(tokenizer.model_max_length, loading.places(loaded.model))
         return loaded
 
     def signature(self, loaded: Loaded) -> dict[str, Any]:
@@ -257,16 +257,6 @@ def fresh_fields(ref: Any, tokenizer: Any) -> dict[str, Any]:
     """Fields of a fresh configuration that follow from the tokenizer; those that the user set stay."""
     wanted = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
     return {k: v for k, v in wanted.items() if k not in (ref.config_overrides or {})}
-
-
-def places(model: Any) -> int:
-    """The longest text that the model has places for. RoBERTa's kin counts them from behind the padding token's."""
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if not isinstance(longest, int) or longest <= 0:
-        return 2**31
-    tables = [m for name, m in model.named_modules() if name.endswith("position_embeddings")]
-    first = next((m.padding_idx + 1 for m in tables if getattr(m, "padding_idx", None) is not None), 0)
-    return longest - first
 
 
 def own_modules(name: str, model: nn.Module, shared: set[int]) -> list[str]:

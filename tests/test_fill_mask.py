@@ -10,10 +10,10 @@ import pytest
 import task_grid
 import torch
 from datasets import Dataset
-from kt_hf_plugins.fill_mask import FillMask, places
+from kt_hf_plugins.fill_mask import FillMask
 from torch.nn import functional as F
 
-from kt_hf import Data, Loaded, Model, inference, testing
+from kt_hf import Data, Loaded, Model, inference, loading, testing
 from kt_hf.data import DataInfo
 from kt_hf.errors import DataError, IntegrityError, RecipeError
 from kt_hf.language import IGNORED
@@ -169,7 +169,7 @@ def test_masks_are_filled_as_the_pipeline_does(kind: str, tmp_path: Path) -> Non
     assert table["probability"][2] == pytest.approx(both[0]["score"] * both[1]["score"], rel=1e-4)
     with pytest.raises(DataError, match=r"row 0 has no \[MASK\]"):
         inference.predict(str(tmp_path), ["the red river"])
-    assert places(loaded.model) == {"bert": 40, "roberta": 39}[kind] == loaded.processor.model_max_length
+    assert loading.places(loaded.model) == {"bert": 40, "roberta": 39}[kind] == loaded.processor.model_max_length
     batch = task.collate(
         [{**{k: v[0] for k, v in task.preprocess({"text": ["river " * 99]}, loaded, True).items()}, "index": 0}], loaded
     )
@@ -188,8 +188,6 @@ def test_a_checkpoint_without_a_head(tmp_path: Path) -> None:
         renewed.model.bert.encoder.layer[0].output.dense.weight, loaded.model.bert.encoder.layer[0].output.dense.weight
     )
     causal = tmp_path / "causal"
-    from kt_hf import loading
-
     loading.train_tokenizer(TEXTS, causal=True, vocab_size=300).save_pretrained(causal)
     with pytest.raises(RecipeError, match="no mask token"):
         task.load(Model(config="bert", config_overrides=BERT, processor=str(causal)), info())
