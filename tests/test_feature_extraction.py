@@ -264,6 +264,7 @@ def test_minilm_knows_what_is_alike() -> None:
 
 def test_it_conforms() -> None:
     testing.check_task("feature-extraction")
+    testing.check_strategy("ema", task="feature-extraction")
 
 
 def test_every_strategy_and_two_ranks(folder: Path, tmp_path: Path) -> None:

@@ -214,6 +214,7 @@ def test_plain_texts_alone_do_not_ask_for_it() -> None:
 
 def test_it_conforms() -> None:
     testing.check_task("fill-mask")
+    testing.check_strategy("lora", task="fill-mask")
 
 
 def test_every_strategy_and_two_ranks(folder: Path, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ FSDP = {
     "CUDA_VISIBLE_DEVICES": "",
     "OMP_NUM_THREADS": "1",
 }
-BOTH = (*rank_cases.CASES, "checkpointing", "chunks", "accumulation", "adapter", "tied")
+BOTH = (*rank_cases.CASES, "checkpointing", "chunks", "accumulation", "adapter", "tied", "masked", "writing")
 
 
 def launch(processes: int, folder: Path, teacher: str, *jobs: str, **environment: str) -> None:

@@ -323,6 +323,8 @@ def test_empty_rows_are_counted(tmp_path: Path) -> None:
 
 def test_it_conforms() -> None:
     testing.check_task("text2text-generation")
+    testing.check_strategy("lora", task="text2text-generation")
+    testing.check_strategy("distill", task="text2text-generation")
 
 
 def test_every_strategy(folder: Path, tmp_path: Path) -> None:
