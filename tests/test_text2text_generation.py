@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import task_grid
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features, Translation
 from kt_hf_plugins.text2text_generation import Text2TextGeneration, from_bytes, start_of, to_bytes
 from safetensors.torch import load_file, save_file
 
@@ -305,6 +305,27 @@ def test_roles(folder: Path) -> None:
     prepared = prepare("colours", Data(str(folder), columns={"source": "en", "target": "de"}), task)
     assert prepared.counts["test"] == 7 and prepared.counts["empty"] == 0
     assert next(iter(prepared.texts())).startswith("The") and any("ist" in text for text in prepared.texts())
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_translation_structs(tmp_path: Path, streaming: bool) -> None:
+    """As many sets on the Hub have them: one column with a field for each language."""
+    both = [{"en": s, "de": t} for s, t in zip(SOURCES, TARGETS, strict=True)]
+    languages = Features({"translation": Translation(["en", "de"])})
+    for split_name in ("train", "validation", "test"):
+        rows = Dataset.from_dict({"translation": both}, features=languages)
+        rows.to_parquet(tmp_path / f"{split_name}.parquet")
+    columns = {"source": "translation.en", "target": "translation.de"}
+    data = Data(str(tmp_path), columns=columns, streaming=streaming)
+    prepared = prepare("structs", data, Text2TextGeneration())
+    assert list(prepared.splits["test"]["target"]) == TARGETS and prepared.roles == columns
+    assert prepared.splits["train"][0]["source"] == SOURCES[0]
+    if streaming:
+        plain = [{"translation": pair} for pair in both[:3]]
+        refined = prepared.stream.refine(plain, [0, 1, 2])  # type: ignore[union-attr]
+        assert [row["target"] for row in refined] == TARGETS[:3]
+    with pytest.raises(RecipeError, match=r"no column 'translation\.fr'"):
+        prepare("structs", Data(str(tmp_path), columns={**columns, "target": "translation.fr"}), Text2TextGeneration())
 
 
 def test_empty_rows_are_counted(tmp_path: Path) -> None:
