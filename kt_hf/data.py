@@ -21,7 +21,7 @@ from kt_hf import images, labels
 from kt_hf.errors import DataError, RecipeError, nearest
 from kt_hf.labels import Labels
 from kt_hf.nouns import Data
-from kt_hf.reading import HEAD, SPLITS, arrow, ends, in_memory, mixed_row, read, read_counted, read_streamed
+from kt_hf.reading import HEAD, SPLITS, arrow, ends, in_memory, mixed_row, reached, read, read_counted, read_streamed
 from kt_hf.roles import find_roles, kinds
 from kt_hf.streaming import Row, Source
 from kt_hf.task import Task
@@ -30,7 +30,7 @@ __all__ = ["SPLITS", "DataInfo", "find_roles", "kinds", "prepare", "read"]
 
 logger = logging.getLogger(__name__)
 
-_TEXT_ROLES = ("text", "prompt", "completion", "messages", "tokens", "question", "context")
+_TEXT_ROLES = ("text", "prompt", "completion", "messages", "tokens", "question", "context", "source", "target")
 _FILES = (datasets.Image, datasets.Audio)
 """Columns of encoded files."""
 _HEAD = 65536
@@ -67,7 +67,7 @@ class DataInfo:
     def texts(self) -> Iterator[str]:
         """The training texts, for a tokenizer that is trained on them."""
         train = self.splits.get("train") or next(iter(self.splits.values()))
-        for role in ("text", "text_pair", "prompt", "completion", "messages", "tokens", "question", "context"):
+        for role in ("text", "text_pair", "prompt", "completion", *_TEXT_ROLES[3:]):
             if role not in self.roles:
                 continue
             for value in train[role]:
@@ -108,6 +108,8 @@ def prepare(name: str, data: Data, task: Task) -> DataInfo:
         )
     else:
         (found, unreadable), opened = read_counted(data), None
+    kept = next(iter(found.values())).features
+    found = datasets.DatasetDict({split: reached(rows, data) for split, rows in found.items()})
     first = next(iter(found.values()))
     _refuse_mixed(first, task, data)
     roles = find_roles(first.features, task.roles, data.columns)
@@ -128,7 +130,7 @@ def prepare(name: str, data: Data, task: Task) -> DataInfo:
     if opened is not None:
         apart = [parts[split] for split in parts if split not in found or (split != "train" and "overlap" in drop)]
         held_out = np.concatenate([np.empty(0, np.uint64), *(part.hashes[part.keep] for part in apart)])
-        refine = _Refine(name, data, found["train"].features, roles, settled, held_out)
+        refine = _Refine(name, data, kept, roles, settled, held_out)
         stream = Source(opened, refine, data.shuffle_buffer)
     for split, part in parts.items():
         _limit(part, split, data)
@@ -492,7 +494,7 @@ class _Refine:
     held_out: np.ndarray
 
     def __call__(self, rows: list[Row], numbers: Sequence[int]) -> list[Row]:
-        found = in_memory(rows, self.features)
+        found = reached(in_memory(rows, self.features), self.data)
         keep = _where(found, self.data.where, "train", none_do=True)
         part = _part(found, self.roles, "train", keep, numbers)
         leave_out = np.isin(_row_hashes(part.rows, [role for role in self.roles if role != "label"]), self.held_out)

@@ -60,7 +60,14 @@ def predict(
     finally:
         inner.end_evaluation()
         inner.train(was_training)
-    return _gather(found, accelerator)
+    gathered = _gather(found, accelerator)
+    return gathered if mode == "scores" else task.finish(gathered, loaded, _ordered(info.splits[split]))
+
+
+def _ordered(rows: Any) -> Any:
+    """Rows in the order of `index`, as predictions are."""
+    index = np.asarray(rows["index"])
+    return rows if (np.diff(index) > 0).all() else rows.select(np.argsort(index, kind="stable"))
 
 
 def _gather(found: list[dict[str, torch.Tensor]], accelerator: Any) -> dict[str, np.ndarray]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +26,8 @@ from kt_hf.errors import Collector, DataError, RecipeError, nearest
 from kt_hf.functional import statistics
 from kt_hf.reading import in_memory
 from kt_hf.recipe import Data, Model
-from kt_hf.roles import find_roles, fitting_tasks
-from kt_hf.task import FACTS, Loaded, Task
+from kt_hf.roles import find_roles, fitting_tasks, kinds
+from kt_hf.task import FACTS, Loaded, Role, Task
 
 Table = dict[str, list[Any]]
 """Columns by name, N rows each."""
@@ -183,15 +184,15 @@ def read_inputs(
     inputs: Sequence[str], task: Task, split: str | None
 ) -> tuple[datasets.Dataset, dict[str, str], list[str]]:
     """(rows with the task's role columns and `index`, role -> column, what is shown of each row)."""
-    tables = [item for item in inputs if Path(item).suffix.lower() in TABLES or Path(item).is_dir()]
+    tables = [item for item in inputs if Path(item).suffix.lower() in TABLES or os.path.isdir(item)]
     files = {*TABLES, *(suffix for suffixes in MEDIA.values() for suffix in suffixes)}
-    missing = [i for i in inputs if Path(i).suffix.lower() in files and " " not in i and not Path(i).exists()]
+    missing = [i for i in inputs if Path(i).suffix.lower() in files and " " not in i and not os.path.exists(i)]
     if missing:
         raise DataError(f"there is no file '{missing[0]}'", "name an existing file, or a text")
     if tables and len(inputs) > 1:
         raise DataError(f"'{tables[0]}' and other inputs are given", "predict on one data file or folder at a time")
     rows = _table(tables[0], split) if tables else _single(inputs, task)
-    roles = find_roles(rows.features, [r for r in task.roles if r.name != "label"], strict=True)
+    roles = find_roles(rows.features, given_roles(task), strict=True)
     if not roles:
         raise DataError(
             f"no column of {', '.join(rows.column_names)} is an input of {type(task).__name__}",
@@ -204,10 +205,15 @@ def read_inputs(
             rows = rows.cast_column(column, datasets.Audio(decode=False))
     rows = rows.rename_columns({c: f"__{r}" for c, r in columns.items()}).rename_columns({f"__{r}": r for r in roles})
     shown = list(inputs) if not tables else [f"{Path(tables[0]).name}[{i}]" for i in range(len(rows))]
-    text = next((r for r in ("text", "prompt", "question") if r in roles), None)
+    text = next((role for role in roles if kinds(rows.features[role])[:1] == ("string",)), None)
     if tables and text is not None and not set(MEDIA) & set(roles):
         shown = [str(value) for value in rows[text]]
     return rows.add_column("index", np.arange(len(rows))), {role: role for role in roles}, shown
+
+
+def given_roles(task: Task) -> list[Role]:
+    """The roles that new rows have."""
+    return [role for role in task.roles if role.name != "label" and not role.predicted]
 
 
 def _table(path: str, split: str | None) -> datasets.Dataset:
@@ -220,7 +226,7 @@ def _table(path: str, split: str | None) -> datasets.Dataset:
 def _single(inputs: Sequence[str], task: Task) -> datasets.Dataset:
     """Texts, or files of one kind, for the one column that the task reads."""
     found = [_medium(item) for item in inputs]
-    wanted = [role for role in task.roles if role.name != "label" and role.required]
+    wanted = [role for role in given_roles(task) if role.required]
     wanted = wanted or [role for role in task.roles if role.name == "text"]
     kind = found[0]
     role = next((role for role in wanted if kind in role.kinds), None)
@@ -244,7 +250,7 @@ def _single(inputs: Sequence[str], task: Task) -> datasets.Dataset:
 def _medium(item: str) -> str:
     """The kind of role that an input is for."""
     suffix = Path(item).suffix.lower()
-    return next((kind for kind, ends in MEDIA.items() if suffix in ends and Path(item).is_file()), "string")
+    return next((kind for kind, ends in MEDIA.items() if suffix in ends and os.path.isfile(item)), "string")
 
 
 # --- evaluate --------------------------------------------------------------------------------------------------------
@@ -289,6 +295,7 @@ def evaluate(model: str, data: str, settings: Sequence[str] = (), *, task: str |
         },
         "primary_metric": settled.metric,
         "metrics": metrics,
+        **({"notes": scores.notes} if scores.notes else {}),
     }
 
 

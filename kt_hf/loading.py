@@ -350,6 +350,16 @@ def _size(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
+def places(model: Any) -> int:
+    """The longest text that the model has places for. RoBERTa's kin counts them from behind the padding token's."""
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if not isinstance(longest, int) or longest <= 0:
+        return 2**31
+    tables = [m for name, m in model.named_modules() if name.endswith("position_embeddings")]
+    first = next((m.padding_idx + 1 for m in tables if getattr(m, "padding_idx", None) is not None), 0)
+    return longest - first
+
+
 # --- processors
 # --------------------------------------------------------------------------------------------------------
 
@@ -382,18 +392,27 @@ def load_tokenizer(ref: Model, texts: Iterable[str] | None = None, causal: bool 
 
 
 def encode(
-    tokenizer: Any, texts: Any, pairs: Any = None, *, max_length: int, truncation: Any = True, **how: Any
+    tokenizer: Any,
+    texts: Any,
+    pairs: Any = None,
+    *,
+    max_length: int,
+    truncation: Any = True,
+    target: bool = False,
+    **how: Any,
 ) -> Any:
-    """Tokens of texts, or of pairs of texts, cut at `max_length`. how: further arguments of the tokenizer.
+    """Tokens of texts, or of pairs of texts, cut at `max_length`. target: as the tokenizer has what is to be written.
+    how: further arguments of the tokenizer.
 
     A call of a fast tokenizer leaves its cut in the tokenizer, and with it in the file that is exported: in processes
     that have preprocessed rows, but not in those that found them in the cache. So what was there is put back.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
+    given = {"text_target": texts} if target else {"text": texts, "text_pair": pairs}
     if backend is None:
-        return tokenizer(texts, pairs, truncation=truncation, max_length=max_length, **how)
+        return tokenizer(**given, truncation=truncation, max_length=max_length, **how)
     cut, padding = backend.truncation, backend.padding
-    encoded = tokenizer(texts, pairs, truncation=truncation, max_length=max_length, **how)
+    encoded = tokenizer(**given, truncation=truncation, max_length=max_length, **how)
     backend.no_truncation()
     if cut:
         backend.enable_truncation(**cut)

@@ -1,11 +1,14 @@
-"""Metrics as `evaluate.Metric` classes of our own over scikit-learn: they need no network.
+"""Metrics as `evaluate.Metric` classes of our own over scikit-learn, sacreBLEU and rouge_score: they need no network.
 
 Any other metric is loaded by its Hub name through `evaluate.load`.
+
+Shapes: N examples, K counts of each.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -105,6 +108,88 @@ def seqeval() -> Any:
     return sequence_labeling
 
 
+class _TextMetric(evaluate.Metric):
+    """A metric of written texts against one reference each, in two steps: `counts` of each example, and the score of
+    their (weighted) sum. So a resampled corpus costs a sum."""
+
+    library = "sacrebleu"
+
+    def _info(self) -> evaluate.MetricInfo:
+        features = datasets.Features({"predictions": datasets.Value("string"), "references": datasets.Value("string")})
+        return evaluate.MetricInfo(
+            description=type(self).__doc__ or "", citation="", inputs_description="texts", features=features
+        )
+
+    def _compute(self, predictions: Any, references: Any, **kwargs: Any) -> dict[str, float]:
+        return {self.name: self.score(self.counts(predictions, references).sum(0)) if len(predictions) else 0.0}
+
+    def counts(self, predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
+        """counts_NK of matches and sizes, int64 or float64."""
+        raise NotImplementedError
+
+    def score(self, sums_K: np.ndarray) -> float:
+        """The metric of a corpus with these sums, in [0, 1]."""
+        raise NotImplementedError
+
+    def signature(self) -> str:
+        """How it was computed, for those who want to compare figures."""
+        return ""
+
+
+class Bleu(_TextMetric):
+    """Corpus BLEU as sacreBLEU computes it (Post 2018, A Call for Clarity in Reporting BLEU Scores, arXiv:1804.08771),
+    divided by 100. tokenizer: sacreBLEU's name of one; by config_name."""
+
+    @functools.cached_property
+    def scorer(self) -> Any:
+        from sacrebleu.metrics import BLEU
+
+        name = self.config_name or "default"
+        return BLEU(tokenize=None if name == "default" else name)
+
+    def counts(self, predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
+        return np.asarray(self.scorer._extract_corpus_statistics(predictions, [references]), dtype=np.int64)
+
+    def score(self, sums_K: np.ndarray) -> float:
+        return self.scorer._compute_score_from_stats([float(x) for x in sums_K]).score / 100
+
+    def signature(self) -> str:
+        self.scorer.num_refs = 1
+        return str(self.scorer.get_signature())
+
+
+class Chrf(Bleu):
+    """chrF (Popovic 2015, chrF: character n-gram F-score for automatic MT evaluation) as sacreBLEU computes it, divided
+    by 100."""
+
+    @functools.cached_property
+    def scorer(self) -> Any:
+        from sacrebleu.metrics import CHRF
+
+        scorer = CHRF()
+        scorer._force = True  # its warning of texts that are cut into tokens is about BLEU, which gives it, too
+        return scorer
+
+
+class Rouge(_TextMetric):
+    """Mean over examples of ROUGE's F1 (Lin 2004, ROUGE: A Package for Automatic Evaluation of Summaries) by
+    rouge_score, in [0, 1]; by config_name: rouge1, rouge2, or rougeL. It knows a to z and 0 to 9 alone: letters with
+    accents split words, and what has none of these scores 0."""
+
+    library = "rouge_score"
+
+    def counts(self, predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
+        from rouge_score.rouge_scorer import RougeScorer
+
+        name = str(self.config_name)
+        scorer = RougeScorer([name], use_stemmer=False)
+        pairs = zip(references, predictions, strict=True)
+        return np.array([[scorer.score(*pair)[name].fmeasure, 1.0] for pair in pairs]).reshape(-1, 2)
+
+    def score(self, sums_K: np.ndarray) -> float:
+        return float(sums_K[0] / sums_K[1]) if sums_K[1] else 0.0
+
+
 OWN: dict[str, type[evaluate.Metric]] = {
     "accuracy": Accuracy,
     "macro_f1": MacroF1,
@@ -113,6 +198,8 @@ OWN: dict[str, type[evaluate.Metric]] = {
     "entity_precision": EntityPrecision,
     "entity_recall": EntityRecall,
 }
+TEXTS: dict[str, type[_TextMetric]] = {"bleu": Bleu, "chrf": Chrf, "rouge1": Rouge, "rouge2": Rouge, "rougeL": Rouge}
+"""Of written texts, beside their references."""
 
 
 @functools.cache
@@ -129,6 +216,18 @@ def load(name: str) -> evaluate.EvaluationModule:
             f"metric '{name}' is none of ours ({', '.join(OWN)}), nor did the Hub give it ({type(error).__name__})",
             "check its name and the network",
         ) from error
+
+
+@functools.cache
+def of_texts(name: str, tokenizer: str = "default") -> _TextMetric:
+    """One of `TEXTS`. Raises `RecipeError` where its library is not installed."""
+    cls = TEXTS[name]
+    if importlib.util.find_spec(cls.library) is None:
+        raise RecipeError(
+            f"metric '{name}' needs {cls.library}, which is not installed",
+            "pip install 'kt_hf[seq2seq]', or choose other metrics, such as perplexity",
+        )
+    return cls(config_name=name if cls is Rouge else tokenizer, keep_in_memory=True)
 
 
 def weighted(name: str, truth: np.ndarray, guess: np.ndarray, known_N: np.ndarray, weights_N: np.ndarray) -> float:

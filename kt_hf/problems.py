@@ -234,9 +234,10 @@ class Regression(SingleLabel):
         known = self.known(found)
         guess, truth = (found[key].astype(np.float64).reshape(len(known)) for key in ("scores", "label"))
         errors = np.where(known, np.square(guess - np.where(known, truth, 0.0)), 0.0)
+        x_groups, y_groups = (np.unique(values[known], return_inverse=True)[1] for values in (guess, truth))
         correlations: dict[str, Callable[[np.ndarray], float]] = {
             "pearson": lambda w: scoring.pearson(guess[known], truth[known], w[known]),
-            "spearman": lambda w: scoring.spearman(guess[known], truth[known], w[known]),
+            "spearman": lambda w: scoring.spearman(x_groups, y_groups, w[known]),
         }
         wanted = {name: correlations[name] for name in names if name in correlations}
         ones = np.ones(len(known))

@@ -48,7 +48,14 @@ _CSV: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}
 
 def read(data: Data) -> datasets.DatasetDict:
     """The splits of a data set, named as ours; of a streamed one, the first training rows."""
-    return read_streamed(data)[0] if data.streaming else read_counted(data)[0]
+    found = read_streamed(data)[0] if data.streaming else read_counted(data)[0]
+    return datasets.DatasetDict({split: reached(rows, data) for split, rows in found.items()})
+
+
+def reached(rows: datasets.Dataset, data: Data) -> datasets.Dataset:
+    """With a column for every field of a struct, where one is named (`data.columns.source=translation.en`)."""
+    heads = {name.partition(".")[0] for name in (data.columns or {}).values() if name not in rows.column_names}
+    return rows.flatten() if heads & set(rows.column_names) else rows
 
 
 def read_counted(data: Data) -> tuple[datasets.DatasetDict, int]:

@@ -130,8 +130,9 @@ def _seed_evidence(context: Context, stage: Stage, facts: dict[str, Any], labels
         "trials": facts["trials"],
         "range_test": facts.get("range_test"),
     }
+    summary = {**facts["summary"], **scores.notes}
     return _evidence(
-        scores, found, facts, labels, seed=facts["seed"], lineage=facts["lineage"], summary=facts["summary"], **extra
+        scores, found, facts, labels, seed=facts["seed"], lineage=facts["lineage"], summary=summary, **extra
     )
 
 

@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import warnings
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
@@ -238,7 +239,13 @@ def layers(bundle: Bundle, plugin: FullyShardedDataParallelPlugin) -> list[nn.Mo
             f"fsdp_transformer_layer_cls_to_wrap: the model has no {min(missing)}", "leave it out, or name its layers"
         )
     inside = {child for module in found for child in module.modules() if child is not module}
-    return [module for module in found if module not in inside]
+    places = _places(bundle)  # a parameter has one group: embeddings tied to a head outside stay with the bundle
+    return [m for m in found if m not in inside and all(places[p] == n for p, n in _places(m).items())]
+
+
+def _places(module: nn.Module) -> Counter[int]:
+    """In how many places each parameter, by its id, is used."""
+    return Counter(id(p) for child in module.modules() for p in child._parameters.values() if p is not None)
 
 
 def give_copies_their_own(bundle: Bundle) -> None:

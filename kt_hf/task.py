@@ -35,12 +35,14 @@ FACTS = "kt_hf.json"
 @dataclass(frozen=True)
 class Role:
     """A column that a task reads. kinds: feature kinds it may have (see `roles.kinds`);
-    aliases: usual column names, most telling first."""
+    aliases: usual column names, most telling first. predicted: it holds what is to be found out, so that new rows have
+    none (a `label` always does)."""
 
     name: str
     kinds: tuple[str, ...]
     required: bool = True
     aliases: tuple[str, ...] = ()
+    predicted: bool = False
 
 
 @dataclass
@@ -66,11 +68,13 @@ class Scores:
     """A measurement: `metrics` by name, and per metric that is a mean over examples, (values_N, weights_N).
 
     Where a metric is no mean over examples, `statistics` gives it as a function of example weights_N, for resampling.
+    notes: what must be said of how a metric was computed, such as a signature.
     """
 
     metrics: dict[str, float]
     examples: dict[str, tuple[np.ndarray, np.ndarray | None]] = field(default_factory=dict)
     statistics: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
 
 
 @functools.cache
@@ -101,7 +105,7 @@ class Task:
     roles: ClassVar[tuple[Role, ...]] = ()
     unit: str = "example"
     """What the loss and the scores are counted in."""
-    has_loss: ClassVar[bool] = True
+    has_loss: bool = True
     """False where only a strategy can give an objective (dual encoders)."""
     metric: str = "accuracy"
     """The metric that decides, for selection and in the report."""
@@ -216,6 +220,14 @@ class Task:
         """Predictions with B rows each, compact, references included (`label`). Where they have two dimensions, the
         second may differ from batch to batch: narrower ones are filled with `FILL` on the right."""
         raise NotImplementedError
+
+    def finish(
+        self, predictions: dict[str, np.ndarray], loaded: Loaded, rows: datasets.Dataset
+    ) -> dict[str, np.ndarray]:
+        """What is done once to the gathered predictions of a split, because it takes the processor or the rows as they
+        were before preprocessing: decoding, counts of matches. N rows each, in the order of `index`, as `rows` are;
+        `measure` and `table` see the result, and have neither."""
+        return predictions
 
     def from_scores(self, scores_NC: torch.Tensor, weight_N: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
         """Predictions of an ensemble from its combined scores (log-probabilities)."""

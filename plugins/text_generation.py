@@ -25,18 +25,14 @@ from pydantic import Field
 from torch import nn
 from torch.nn import functional as F
 
-from kt_hf import Loaded, Role, Task, loading, packing
+from kt_hf import Loaded, Role, Task, language, loading, packing
 from kt_hf.errors import DataError, IntegrityError, RecipeError
+from kt_hf.language import IGNORED
 from kt_hf.task import Batch, Scores
 
 logger = logging.getLogger(__name__)
 
-IGNORED = -100
-"""Label of a token that is not learnt."""
 FORMS = {"text": ("text",), "prompt": ("prompt", "completion"), "messages": ("messages",)}
-CHUNK = 2048
-"""Positions whose logits are made float32 at a time in evaluation; a vocabulary of 128k takes 1 GB."""
-
 Encoded = Iterator[tuple[list[int], list[bool]]]
 """For each row, its token ids and whether each token is an answer."""
 
@@ -313,38 +309,17 @@ class TextGeneration(Task):
 
     def predict(self, model: nn.Module, batch: Batch, context: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Per example: `nll` (nats, summed over its predicted tokens), `tokens`, `correct` (of greedy choice)."""
-        logits_BLC = self.forward(model, batch).logits
-        rows_N, positions_N = predicted(batch)
-        targets_N = batch["labels"][rows_N, positions_N + 1]
-        parts = zip(rows_N.split(CHUNK), positions_N.split(CHUNK), targets_N.split(CHUNK), strict=True)
-        judged = [judge(logits_BLC[row, position], target) for row, position, target in parts]
-        nll_N, hit_N = (torch.cat(column) for column in zip(*judged, strict=True))
-        return per_example(nll_N, hit_N, rows_N, len(batch["index"]))
+        labels_BL = torch.where(predicted_mask(batch), batch["labels"][:, 1:], IGNORED)
+        return language.judge_labels(self.forward(model, batch).logits[:, :-1], labels_BL)
 
     def from_scores(self, scores_NC: torch.Tensor, weight_N: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
         rows_N, positions_N = predicted(batch)
-        nll_N, hit_N = judge(scores_NC, batch["labels"][rows_N, positions_N + 1])
-        return per_example(nll_N, hit_N, rows_N, len(batch["index"]))
+        nll_N, hit_N = language.judge(scores_NC, batch["labels"][rows_N, positions_N + 1])
+        return language.per_example(nll_N, hit_N, rows_N, len(batch["index"]))
 
     def measure(self, predictions: dict[str, np.ndarray], loaded: Loaded, info: Any) -> Scores:
-        """perplexity = exp(sum of nll / number of tokens); `loss` is its logarithm, in nats per token."""
-        nll, tokens = predictions["nll"].astype(np.float64), predictions["tokens"].astype(np.float64)
-        correct = predictions["correct"].astype(np.float64)
-        if not tokens.sum():
-            raise DataError(
-                f"none of the {len(tokens)} examples has a token to predict",
-                "raise max_length if prompts fill it, check that the rows have answers, or set loss_on=all",
-            )
-        loss, share = nll / np.maximum(tokens, 1), correct / np.maximum(tokens, 1)
-        ones = np.ones_like(tokens)
-        return Scores(
-            metrics={
-                "perplexity": perplexity(nll, tokens, ones),
-                "loss": float(nll.sum() / tokens.sum()),
-                "token_accuracy": float(correct.sum() / tokens.sum()),
-            },
-            examples={"loss": (loss, tokens), "token_accuracy": (share, tokens)},
-            statistics={"perplexity": lambda weights: perplexity(nll, tokens, weights)},
+        return language.measure(
+            predictions, "raise max_length if prompts fill it, check that the rows have answers, or set loss_on=all"
         )
 
     def table(self, predictions: dict[str, np.ndarray], loaded: Loaded, info: Any) -> dict[str, Any]:
@@ -575,27 +550,3 @@ def predicted(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """(rows_N, positions_N) of the positions whose next token counts."""
     rows_N, positions_N = predicted_mask(batch).nonzero(as_tuple=True)
     return rows_N, positions_N
-
-
-def judge(scores_NC: torch.Tensor, targets_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(-log p(target)_N, whether the target has the highest score_N), from logits or log-probabilities."""
-    scores_NC = scores_NC.float()
-    return F.cross_entropy(scores_NC, targets_N, reduction="none"), scores_NC.argmax(-1) == targets_N
-
-
-def per_example(nll_N: torch.Tensor, hit_N: torch.Tensor, rows_N: torch.Tensor, size: int) -> dict[str, torch.Tensor]:
-    """Sums over the tokens of each example; on the CPU, where every device's numbers can be added in float64."""
-    rows = rows_N.cpu()
-    zeros = torch.zeros(size, dtype=torch.int64)
-    return {
-        "nll": torch.zeros(size, dtype=torch.float64).index_add_(0, rows, nll_N.cpu().double()),
-        "tokens": zeros.index_add(0, rows, torch.ones_like(rows)),
-        "correct": zeros.index_add(0, rows, hit_N.cpu().long()),
-    }
-
-
-def perplexity(nll_N: np.ndarray, tokens_N: np.ndarray, weights_N: np.ndarray) -> float:
-    """exp(sum w nll / sum w tokens) over N examples; infinite where that overflows, NaN without tokens."""
-    tokens = float((weights_N * tokens_N).sum())
-    loss = float((weights_N * nll_N).sum()) / tokens if tokens else math.nan
-    return math.inf if loss > 709 else math.exp(loss)

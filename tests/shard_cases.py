@@ -15,6 +15,8 @@ import helpers
 import rank_cases
 import torch
 from helpers import weights
+from kt_hf_plugins.fill_mask import FillMask
+from kt_hf_plugins.text2text_generation import Text2TextGeneration
 from kt_hf_plugins.text_generation import TextGeneration
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
@@ -61,8 +63,20 @@ class Rates(Strategy):
 
 
 CASES = (
-    "checkpointing", "chunks", "accumulation", "adapter", "tied", "rates", "skips", "saving", "micro1", "micro4", "full"
-)  # fmt: skip
+    "checkpointing",
+    "chunks",
+    "accumulation",
+    "adapter",
+    "tied",
+    "rates",
+    "skips",
+    "masked",
+    "writing",
+    "saving",
+    "micro1",
+    "micro4",
+    "full",
+)
 
 
 def build(name: str, folder: Path, teacher: str, factor: int, extra: dict[str, Strategy]) -> Trainer:
@@ -91,6 +105,19 @@ def build(name: str, folder: Path, teacher: str, factor: int, extra: dict[str, S
         task, info = TextGeneration(), helpers.text_info(27)
         del info.roles["label"]
         stack = {"finetune": {}, "ema": {"decay": 0.8}, **extra}
+        return helpers.make_trainer(folder, strategies=stack, task=task, info=info, model=model, **settings)
+    if name == "masked":  # embeddings that are a group of their own, but tied to the head
+        info = helpers.text_info(27)
+        del info.roles["label"]
+        model = Model(config="bert", config_overrides=helpers.BERT)
+        return helpers.make_trainer(folder, strategies=stack, task=FillMask(), info=info, model=model, **settings)
+    if name == "writing":  # ranks write texts of different lengths
+        info = helpers.text_info(27)
+        rows = {split: r.remove_columns("label").rename_column("text", "source") for split, r in info.splits.items()}
+        info.splits = {split: r.add_column("target", [t[:12] for t in r["source"]]) for split, r in rows.items()}
+        info.roles = {"source": "source", "target": "target"}
+        model = Model(**Text2TextGeneration.conformance["model"])
+        task = Text2TextGeneration(max_target_length=16)
         return helpers.make_trainer(folder, strategies=stack, task=task, info=info, model=model, **settings)
     if name == "full":
         settings["save_steps"] = 5

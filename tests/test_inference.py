@@ -72,6 +72,11 @@ def test_a_data_folder_gives_a_row_for_each_test_row_and_ignores_labels(made: Pa
         np.testing.assert_allclose(again["probability"][:], table["probability"])
 
 
+def test_a_long_text_is_no_path(made: Path):
+    table = inference.predict(model(made, "text-classification"), ["circle " + "q" * 600])
+    assert table["prediction"][0] in LABELS
+
+
 def test_an_unlabelled_file(made: Path, tmp_path: Path):
     Dataset.from_dict({"sentence": ["square bluelamp", "circle"]}).to_parquet(tmp_path / "rows.parquet")
     table = inference.predict(model(made, "text-classification"), [str(tmp_path / "rows.parquet")])

@@ -162,7 +162,8 @@ def test_metrics_are_those_of_the_libraries():
     weights = random.integers(0, 4, 60)
     repeated = [np.repeat(v, weights) for v in (x, y)]
     assert scoring.pearson(x, y, weights) == pytest.approx(pearsonr(*repeated)[0])
-    assert scoring.spearman(x, y, weights) == pytest.approx(spearmanr(*repeated)[0])
+    groups = [np.unique(values, return_inverse=True)[1] for values in (x, y)]
+    assert scoring.spearman(*groups, weights) == pytest.approx(spearmanr(*repeated)[0])
     guess, truth = random.random((60, 4)) > 0.5, random.random((60, 4)) > 0.4
     found = {"scores": np.where(guess, 1.0, -1.0), "label": truth.astype(int)}
     scores = PROBLEMS["classes"].measure(found, ["micro_f1", "macro_f1"])

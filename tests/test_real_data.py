@@ -108,6 +108,17 @@ def test_subsets_of_real_sets() -> None:
     assert again.fingerprint == clean.fingerprint
 
 
+def test_translations_and_scored_pairs() -> None:
+    pairs = prepare(
+        "multi30k", data("multi30k", columns={"source": "en", "target": "de"}), task("text2text-generation")
+    )
+    assert [pairs.counts[split] for split in ("train", "validation", "test")] == [29000, 1014, 1000]
+    assert pairs.splits["train"][0]["target"].startswith("Zwei junge") and pairs.counts["empty"] == 0
+    scored = prepare("stsb", data("stsb"), task("feature-extraction"))
+    assert scored.roles == {"text": "sentence1", "text_pair": "sentence2", "label": "score"}
+    assert scored.counts["test"] == 1379 and min(scored.splits["test"]["label"]) >= 0 and scored.labels is None
+
+
 def _domain() -> str:
     return str(read(data("sentiment_domains"))["train"]["domain"][0])
 

@@ -34,7 +34,8 @@ FSDP = {
     "CUDA_VISIBLE_DEVICES": "",
     "OMP_NUM_THREADS": "1",
 }
-BOTH = (*rank_cases.CASES, "checkpointing", "chunks", "accumulation", "adapter", "tied", "rates", "skips")
+ALONE = ("checkpointing", "chunks", "accumulation", "adapter", "tied", "masked", "writing", "rates", "skips")
+BOTH = (*rank_cases.CASES, *ALONE)
 
 
 def launch(processes: int, folder: Path, teacher: str, *jobs: str, **environment: str) -> None:

@@ -367,7 +367,7 @@ def test_chunks_of_positions(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = batch_of(task, loaded, text=TEXTS[:3])
     with torch.no_grad():
         whole = task.predict(loaded.model, batch, {})
-        monkeypatch.setattr("kt_hf_plugins.text_generation.CHUNK", 4)
+        monkeypatch.setattr("kt_hf.language.CHUNK", 4)
         assert len(predicted(batch)[0]) > 8
         for name, values in task.predict(loaded.model, batch, {}).items():
             torch.testing.assert_close(values, whole[name])

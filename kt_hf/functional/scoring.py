@@ -71,16 +71,14 @@ def pearson(x_N: np.ndarray, y_N: np.ndarray, weights_N: np.ndarray) -> float:
     return float((weights_N * dx * dy).sum() / bottom) if bottom > 1e-12 else 0.0
 
 
-def spearman(x_N: np.ndarray, y_N: np.ndarray, weights_N: np.ndarray) -> float:
-    """Spearman's correlation: Pearson's of the ranks, equal values sharing the mean of theirs."""
-    return pearson(weighted_ranks(x_N, weights_N), weighted_ranks(y_N, weights_N), weights_N)
+def spearman(x_groups_N: np.ndarray, y_groups_N: np.ndarray, weights_N: np.ndarray) -> float:
+    """Pearson's correlation of ranks, equal values at their mean rank, each row counted `weights_N` times.
+
+    Groups number the distinct values from the smallest, as `np.unique(x, return_inverse=True)` does.
+    """
+    return pearson(_mean_ranks(x_groups_N, weights_N), _mean_ranks(y_groups_N, weights_N), weights_N)
 
 
-def weighted_ranks(x_N: np.ndarray, weights_N: np.ndarray) -> np.ndarray:
-    """Mean rank of every row among rows that count `weights_N` times."""
-    (
-        _,
-        place_N,
-    ) = np.unique(x_N, return_inverse=True)
-    mass_U = np.bincount(place_N, weights_N)
-    return (np.cumsum(mass_U) - mass_U / 2)[place_N]
+def _mean_ranks(groups_N: np.ndarray, weights_N: np.ndarray) -> np.ndarray:
+    sizes = np.bincount(groups_N, weights_N)
+    return (np.cumsum(sizes) - (sizes - 1) / 2)[groups_N]
