@@ -222,7 +222,7 @@ def rows(task: Tensors, count: int) -> Table:
     if isinstance(task, Tokens):
         return Table(input_ids=tokens)
     if isinstance(task, Pictures):
-        return Table(pixel_values=pixels, labels=classes)
+        return Table(pixel_values=pixels, labels=classes, label=classes)
     return Table(pixel_values=pixels, input_ids=tokens)
 
 
@@ -247,13 +247,15 @@ class Bench:
         self.number += 1
         task, batch = task or Tokens(), settings.pop("per_device_train_batch_size", 8)
         splits = {"train": rows(task, 256 if size == "large" else 64), "validation": rows(task, 16)}
-        facts = {"name": "random", "roles": {}, "labels": None, "counts": {}, "path": ""}
-        name = f"random-{type(task).__name__}"
-        info: Any = SimpleNamespace(splits=splits, fingerprint=name, stream=None, **facts)
+        names = [str(i) for i in range(CLASSES)] if isinstance(task, Pictures) else None
+        facts = {"name": "random", "roles": {}, "labels": names, "counts": {}, "path": ""}
+        source = f"random-{type(task).__name__}"
+        info: Any = SimpleNamespace(splits=splits, fingerprint=source, stream=None, **facts)
         given = {"max_steps": 12, "learning_rate": 5e-3, "adam_epsilon": 1e-4, "logging_steps": 1, "eval_steps": 0}
         training: Any = Training(**{**given, "per_device_train_batch_size": batch, **settings})
         randomness.seed_all("load", training.seed)
         loaded = task.load(self.reference(size), info)
+        loaded.labels, loaded.label_ids = names, list(range(CLASSES)) if names else None
         steps = planned_steps(training, len(info.splits["train"]), self.accelerator.num_processes)
         folder = self.folder / (name or f"training-{self.number}")
         teacher = self.reference("small")
@@ -520,6 +522,7 @@ STACKS: dict[str, tuple[type[Tensors], dict[str, dict[str, Any]]]] = {
     "distill": (Pictures, {"distill": {"teacher": "teacher"}}),
     "ema": (Pictures, {"ema": {"decay": 0.8}}),
     "contrastive": (Pairs, {"contrastive": {}}),
+    "balance": (Pictures, {"balance": {}}),
     "lora+distill+ema": (Pictures, {"lora": {"r": 4}, "distill": {"teacher": "teacher"}, "ema": {"decay": 0.8}}),
 }
 
