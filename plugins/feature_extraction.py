@@ -122,7 +122,7 @@ class FeatureExtraction(Task):
         """Raises `RecipeError` for an encoder with a decoder, and for one with too few embeddings."""
         from transformers import AutoModel
 
-        self._settle(info)
+        self.settle(info)
         tokenizer = loading.load_tokenizer(ref, info.texts())
         fresh = {} if ref.path or "vocab_size" in (ref.config_overrides or {}) else {"vocab_size": len(tokenizer)}
         loaded = loading.load_model(AutoModel, ref, None, **fresh)
@@ -147,7 +147,7 @@ class FeatureExtraction(Task):
         loaded.processor = tokenizer
         return loaded
 
-    def _settle(self, info: Any) -> None:
+    def settle(self, info: Any) -> None:
         """What depends on the data: the deciding metric, whether there is a loss, and the range of scores."""
         self.has_loss = "label" in info.roles and "text_pair" in info.roles
         self.metric = "spearman" if self.has_loss else "text_recall@1"
