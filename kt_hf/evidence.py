@@ -481,6 +481,8 @@ def amount(value: float | None, unit: str, signed: bool = False) -> str:
     else:
         digits = 0 if value == 0 else max(0, min(6, 2 - math.floor(math.log10(abs(value)))))
         text = f"{value:+.{digits}f}" if signed else f"{value:.{digits}f}"
+    if signed and value and float(text) == 0:  # on which side of 0 it lies decides what may be claimed
+        return f"{(100 if unit == 'share' else 1) * value:+.1g}"
     return text.replace("-0.0", "0.0") if float(text) == 0 else text
 
 

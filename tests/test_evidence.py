@@ -166,7 +166,7 @@ def test_table_fits_a_terminal(large):
     ("value", "unit", "signed", "text"),
     [
         (0.0513, "share", False, "5.1"),
-        (-0.0001, "share", True, "0.0"),
+        (-0.0001, "share", True, "-0.01"),
         (12.345, "", False, "12.3"),
         (0.01234, "", True, "+0.0123"),
     ],
