@@ -36,6 +36,9 @@ class SingleLabel:
     open_ended = True
     """Other metrics are looked for on the Hub."""
 
+    def __repr__(self) -> str:  # a part of the key under which preprocessed rows are kept
+        return self.kind
+
     def labels(self, values: list[Any], loaded: Loaded) -> list[Any]:
         """The model's class of every row."""
         ids = loaded.label_ids or []

@@ -220,3 +220,16 @@ def test_images_may_have_several_classes_and_calibration_is_reported(tmp_path):
     assert (
         found["metrics"]["top5_accuracy"]["value"] == 1.0 and found["metrics"]["calibration_error"]["low"] is not None
     )
+
+
+def test_what_a_task_keeps_must_be_the_same_in_another_process(tmp_path):
+    """A place in memory in the key of preprocessed rows would make every process compute them anew."""
+    from kt_hf.loader import preprocessing_key
+
+    info = prepare("mine", Data(str(folder(tmp_path, "classes"))), text_task())
+    task = text_task()
+    loaded = task.load(Model(**TINY), info)
+    assert preprocessing_key(info, "train", task, loaded, True) == preprocessing_key(info, "train", task, loaded, True)
+    task.kept = object()
+    with pytest.raises(RecipeError, match="keeps an object without a text of its own"):
+        preprocessing_key(info, "train", task, loaded, True)

@@ -82,3 +82,26 @@ def spearman(x_groups_N: np.ndarray, y_groups_N: np.ndarray, weights_N: np.ndarr
 def _mean_ranks(groups_N: np.ndarray, weights_N: np.ndarray) -> np.ndarray:
     sizes = np.bincount(groups_N, weights_N)
     return (np.cumsum(sizes) - (sizes - 1) / 2)[groups_N]
+
+
+def iou(counts_CC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(intersection over union of every class, whether it occurs) from counts of (true, predicted) pixels.
+
+    Everingham et al. 2015, "The Pascal Visual Object Classes Challenge: A Retrospective", section 4.2.
+    """
+    union_C = counts_CC.sum(0) + counts_CC.sum(1) - counts_CC.diagonal()
+    return counts_CC.diagonal() / np.maximum(union_C, 1e-12), union_C > 0
+
+
+def mean_iou(counts_NCC: np.ndarray, weights_N: np.ndarray) -> float:
+    """Mean over the classes that occur of their intersection over union, each row counted `weights_N` times."""
+    value_C, occurs_C = iou(np.tensordot(weights_N, counts_NCC, 1))
+    return float(value_C[occurs_C].mean()) if occurs_C.any() else 0.0
+
+
+def mean_recall(counts_NCC: np.ndarray, weights_N: np.ndarray) -> float:
+    """Mean over the classes that there are of the share of them that is found, each row counted `weights_N` times."""
+    counts_CC = np.tensordot(weights_N, counts_NCC, 1)
+    total_C = counts_CC.sum(1)
+    there_C = total_C > 0
+    return float((counts_CC.diagonal()[there_C] / total_C[there_C]).mean()) if there_C.any() else 0.0

@@ -149,7 +149,8 @@ class Bench:
 
     def __init__(self, task: str, folder: Path):
         self.name, self.folder = task, Path(folder)
-        self.task: Task = registry.load("task", task)()
+        cls = registry.load("task", task)
+        self.task: Task = cls(**getattr(cls, "conformance", {}).get("settings", {}))
         self.info = make_data(self.name, self.task)
 
     @functools.cache  # noqa: B019  the bench lives as long as its folder
