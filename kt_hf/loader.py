@@ -278,9 +278,10 @@ def preprocessing_key(info: DataInfo, split: str, task: Task, loaded: Loaded, tr
     labels."""
     modules = {cls.__module__ for cls in type(task).__mro__} - {"builtins", "typing"}
     signature = json.dumps([task.signature(loaded), vars(task), loaded.label_ids], default=str, sort_keys=True)
-    if " at 0x" in signature:
+    place = signature.find(" at 0x")
+    if place >= 0:
         raise RecipeError(
-            f"{type(task).__name__} keeps an object without a text of its own: {signature.partition(' at 0x')[0][-60:]}",
+            f"{type(task).__name__} keeps an object without a text of its own: {signature[max(0, place - 60) : place]}",
             "give its class a __repr__ of what rows depend on; other processes could not find them again",
         )
     holder = sys.modules[type(info.splits[split]).__module__.partition(".")[0]]  # `datasets`, but in benchmarks
