@@ -88,8 +88,8 @@ def find_roles(
 def fitting_tasks(features: Any, columns: dict[str, str] | None = None) -> list[tuple[str, Task]]:
     """(name, task with its defaults) of the tasks that these features could be for.
 
-    A task that would leave an image aside gives way to one that looks at it, and where there are sounds or several
-    images in a row, features decide only for a task that takes these.
+    A task that would leave an image or a list of words aside gives way to one that looks at it, and where there are
+    sounds or several images in a row, features decide only for a task that takes these.
     """
     found = []
     for name in registry.names("task"):
@@ -101,9 +101,8 @@ def fitting_tasks(features: Any, columns: dict[str, str] | None = None) -> list[
             roles = find_roles(features, task.roles, columns, strict=False)
             if task.fits(roles):
                 found.append((name, task, roles))
-    seeing = [
-        item for item in found if all(kinds(features[c]) != ("image",) for c in features if c not in item[2].values())
-    ]
+    telling = [c for c in features if {"image", "strings"} & set(kinds(features[c]))]
+    seeing = [item for item in found if set(telling) <= set(item[2].values())]
     aside = {
         name: [c for c in features if _is_media(features[c]) and c not in roles.values()] for name, _, roles in found
     }
