@@ -121,15 +121,23 @@ def by_length(lengths_N: np.ndarray, size: int, seed: int, epoch: int, drop_last
 
 def share(count: int, world: int, micro_batches: int) -> list[tuple[int, ...]]:
     """How many of a global batch's rows each rank has in each micro-batch: sizes that differ by at most one."""
-    size, rest = divmod(count, world * micro_batches)
-    sizes = [size + 1] * rest + [size] * (world * micro_batches - rest)
+    sizes = _sizes(count, world * micro_batches)
     return [tuple(sizes[rank * micro_batches + i] for rank in range(world)) for i in range(micro_batches)]
 
 
-def slices(rows: np.ndarray, world: int, rank: int, micro_batches: int) -> list[np.ndarray]:
-    """A rank's micro-batches of one global batch: contiguous, as large as `share` says, possibly empty."""
-    parts = np.array_split(rows, world * micro_batches)
-    return parts[rank * micro_batches : (rank + 1) * micro_batches]
+def slices(count: int, world: int, rank: int, micro_batches: int) -> list[slice]:
+    """Where in a global batch a rank's micro-batches lie: contiguous, as large as `share` says, possibly empty."""
+    sizes = _sizes(count, world * micro_batches)
+    start, found = sum(sizes[: rank * micro_batches]), []
+    for size in sizes[rank * micro_batches : (rank + 1) * micro_batches]:
+        found.append(slice(start, start + size))
+        start += size
+    return found
+
+
+def _sizes(count: int, parts: int) -> list[int]:
+    size, rest = divmod(count, parts)
+    return [size + 1] * rest + [size] * (parts - rest)
 
 
 class Windows:
@@ -148,9 +156,9 @@ class Windows:
     def __iter__(self) -> Iterator[list[tuple[int, Any]]]:
         for epoch, rows, place in self.plan.steps(self.start, self.stop):
             self.passed.append((share(len(rows), self.world, self.micro_batches), place))
-            for part in slices(np.arange(len(rows)), self.world, self.rank, self.micro_batches):
-                found = [rows[i] for i in part] or list(rows[:1]) or [0]
-                yield [(epoch, int(row) if isinstance(row, np.integer) else row) for row in found]
+            listed: list[Any] = rows.tolist() if isinstance(rows, np.ndarray) else rows
+            for where in slices(len(rows), self.world, self.rank, self.micro_batches):
+                yield [(epoch, row) for row in listed[where] or listed[:1] or [0]]
 
 
 class Rows(Dataset):
