@@ -196,7 +196,7 @@ def test_retrieval_without_scores(folder: Path, tmp_path: Path) -> None:
     assert {name: figure["value"] for name, figure in found["metrics"].items()} == {
         f"{side}_recall@{k}": 1.0 for side in ("text", "pair") for k in (1, 5, 10)
     }
-    with pytest.raises(RecipeError, match="nothing to train on"):
+    with pytest.raises(RecipeError, match="FeatureExtraction has no loss"):
         run(Recipe([Train("two", training=start)], task=task, data=Data(str(tmp_path)), model=model()), tmp_path / "no")
     with pytest.raises(RecipeError, match="no image and text towers"):
         recipe = Recipe(
