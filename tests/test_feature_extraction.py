@@ -267,6 +267,7 @@ def test_it_conforms() -> None:
     testing.check_strategy("ema", task="feature-extraction")
 
 
+@pytest.mark.slow
 def test_every_strategy_and_two_ranks(folder: Path, tmp_path: Path) -> None:
     """Distillation of scores and ensembles are refused: embeddings have no classes."""
     settings = {"training": {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "eval_steps": 0}}

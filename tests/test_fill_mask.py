@@ -217,6 +217,7 @@ def test_it_conforms() -> None:
     testing.check_strategy("lora", task="fill-mask")
 
 
+@pytest.mark.slow
 def test_every_strategy_and_two_ranks(folder: Path, tmp_path: Path) -> None:
     from kt_hf import Train
 

@@ -100,6 +100,7 @@ def test_what_reaches_over_the_ends_of_rows_is_refused(tmp_path, monkeypatch):
         trainer(tmp_path / "gpt2").run()
 
 
+@pytest.mark.slow
 def test_attention_without_such_masks_is_refused(tmp_path):
     made = trainer(tmp_path, "llama")
     made.loaded.model.config._attn_implementation = "flex_attention"

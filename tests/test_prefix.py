@@ -405,6 +405,7 @@ def test_resumed_in_mid_epoch_equals_uninterrupted(name, lost, tmp_path, cache):
     assert identical(weights(whole), weights(resumed)) and whole.curve == resumed.curve
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one_and_share_the_file(tmp_path):
     one, two, cache = tmp_path / "one", tmp_path / "two", tmp_path / "cache"
     for folder in (one, two):

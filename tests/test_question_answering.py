@@ -324,6 +324,7 @@ def test_every_strategy_merge_and_ensemble_in_one_recipe(bench: Bench, tmp_path:
     assert again == pytest.approx(figures["soup"]["f1"]["value"])
 
 
+@pytest.mark.slow
 def test_two_ranks_train_and_measure_as_one(bench: Bench, tmp_path: Path):
     """9 questions with different numbers of windows on two ranks, in batches of 2."""
     bench.saved("start")

@@ -124,6 +124,7 @@ def test_every_process_writes_its_part(two):
     assert len(split) > 10 and all(len(first[n]) + len(second[n]) == len(whole[n]) for n in split)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("first", "then"), [(2, 2), (2, 1), (1, 2), (2, "1 sharded")])
 def test_resume_on_another_number_of_processes(first, then, two, teacher, tmp_path):
     name, folder = "saving", tmp_path / "interrupted"
@@ -200,6 +201,7 @@ def sums(folder: Path) -> int:
     return sum(str(e.get("name", "")) == "gloo:all_reduce" for e in events)
 
 
+@pytest.mark.slow
 def test_gradients_are_exchanged_once_per_step(two, teacher, tmp_path):
     """Four micro-batches exchange as much as one: the counts and, under FSDP, gradients of three groups."""
     launch(2, tmp_path, teacher, "run:micro1", "run:micro4", ACCELERATE_USE_FSDP="false")

@@ -121,6 +121,7 @@ def test_the_same_signal_again_ends_at_once(tmp_path):
     child.stdout.close()
 
 
+@pytest.mark.slow
 def test_an_evaluation_is_left_and_made_up_for(tmp_path):
     """A signal within an evaluation does not wait for it; the resumed run begins with it."""
     child = start(tmp_path, sleep=0.02, evaluation=6, every=30)
@@ -147,6 +148,7 @@ def test_an_evaluation_is_left_and_made_up_for(tmp_path):
     assert facts[0]["evaluations"] == facts[1]["evaluations"] and facts[0]["curve"] == facts[1]["curve"]
 
 
+@pytest.mark.slow
 def test_two_ranks_end_together(tmp_path):
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")
     child = start(tmp_path, torchrun)
@@ -157,6 +159,7 @@ def test_two_ranks_end_together(tmp_path):
     assert json.loads((tmp_path / "out" / "error.json").read_text())["code"] == 143
 
 
+@pytest.mark.slow
 def test_a_process_that_waits_in_c_ends_too(tmp_path):
     """A rank whose others never come: Python's own handlers do not run in there."""
     env = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29871"}

@@ -82,6 +82,7 @@ def run(project: Path, *changes: str) -> tuple[bool, list[list[int]]]:
     return "COMPUTED" in lines, json.loads(found[5:])
 
 
+@pytest.mark.slow
 def test_only_what_the_rows_depend_on_is_computed_again(project):
     computed, first = run(project)
     assert computed

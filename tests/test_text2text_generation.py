@@ -363,6 +363,7 @@ def test_every_strategy(folder: Path, tmp_path: Path) -> None:
         inference.evaluate(model_folder, str(folder), settings)
 
 
+@pytest.mark.slow
 def test_two_ranks_and_the_report(folder: Path, tmp_path: Path) -> None:
     from kt_hf import Recipe, Train, run
 

@@ -303,6 +303,7 @@ def test_weights_of_an_ensemble_cannot_be_fitted(bench: Bench, tmp_path: Path):
         run(recipe, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_two_ranks_train_and_measure_as_one(bench: Bench, tmp_path: Path):
     """9 rows of different lengths on two ranks, in batches of 2."""
     bench.saved("start")
