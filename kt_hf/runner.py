@@ -399,10 +399,10 @@ def _examples(context: Context, stage: Train, steps: int) -> str:
     """How many rows the steps see; an epoch's last batch may be smaller."""
     if stage.training.packing:
         return ""
-    rows, size = (
-        len(context.info(stage).splits["train"]),
-        trainer.global_batch(stage.training, context.accelerator.num_processes),
-    )
+    rows = context.info(stage).num_training_rows
+    size = trainer.global_batch(stage.training, context.accelerator.num_processes)
+    if rows is None:
+        return f" (at most {steps * size:,} examples)"
     per_epoch = rows // size if stage.training.dataloader_drop_last else -(-rows // size)
     epochs, rest = divmod(steps, per_epoch)
     seen = epochs * min(rows, per_epoch * size) + rest * size

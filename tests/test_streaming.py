@@ -14,11 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers import VIT
+from helpers import BERT, VIT
 from PIL import Image
 from test_data import logged, prepared, task
 
-from kt_hf import Data, Recipe, Train, run
+from kt_hf import Data, Recipe, Train, main, run
 from kt_hf.data import DataInfo, prepare
 from kt_hf.errors import DataError, KtError
 from kt_hf.loader import Windows
@@ -317,3 +317,17 @@ def test_the_log_says_what_the_first_rows_stand_for(tmp_path, caplog):
     with caplog.at_level("INFO", logger="kt_hf"):
         prepare("mine", Data(str(folder(tmp_path, texts(80))), streaming=True), task())
     assert "training rows are streamed; what is said of them beforehand is about the first 80" in logged(caplog)
+
+
+def test_the_plan_counts_no_epochs_of_rows_that_nobody_has_counted(tmp_path, capsys):
+    recipe = Recipe(
+        data=Data(str(folder(tmp_path / "data", texts(HEAD + 50), validation=texts(9, "other"))), streaming=True),
+        task="text-classification",
+        model={"config": "bert", "config_overrides": BERT},
+        training=QUICK,
+        stages=[Train("one")],
+    )
+    main(recipe, ["--print", "--output-dir", str(tmp_path / "out")])
+    said = capsys.readouterr().out
+    assert "train streamed, 9 validation" in said and "6 steps of 4 (at most 24 examples)" in said
+    assert "epochs)" not in said
