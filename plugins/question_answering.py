@@ -191,6 +191,10 @@ class QuestionAnswering(Task):
         for name in names:
             out[name][row] = [out[name][row][window] for window in kept]
 
+    def check(self, row: dict[str, Any]) -> None:
+        if row.get("answers") is not None:
+            spans(0, row["answers"], row["context"] or "")
+
     def collate(self, rows: Any, loaded: Loaded) -> Batch:
         """Windows of all rows, one after the other; `row_of`: the place of each one's row in the batch. `null`: the
         token that stands for no answer. Padded on the right."""
@@ -368,7 +372,7 @@ def spans(place: int, given: Any, context: str) -> list[tuple[str, int, int]]:
             raise RowError(
                 place,
                 f"the answer '{text[:60]}' is not at character {start} of its context (there: '{there[:60]}')",
-                "mend answer_start, which counts characters from 0, or drop the row",
+                "mend answer_start, which counts characters from 0, or leave such rows out: data.drop=[unreadable]",
             )
         found.append((text, start, start + len(text)))
     return found

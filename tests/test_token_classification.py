@@ -191,7 +191,7 @@ def test_bad_rows_are_named(words: Any, tags: Any, message: str, bench: Bench, l
     info = type(bench.info)("bad", {"test": rows}, bench.info.roles, TAGS, f"bad{message}")
     with pytest.raises(DataError, match=message) as caught:
         Rows(info, "test", bench.task, loaded)
-    assert "drop the row" in caught.value.remedy
+    assert "data.drop=[unreadable]" in caught.value.remedy
 
 
 def test_tags_that_are_no_entities_need_another_metric(bench: Bench):
