@@ -45,6 +45,7 @@ class QuestionAnswering(Task):
     auto_class = "AutoModelForQuestionAnswering"
     adapter_type = "QUESTION_ANS"
     conformance = {
+        "settings": {"max_length": 20, "doc_stride": 3, "max_question_length": 9},
         "model": {
             "config": "bert",
             "config_overrides": {

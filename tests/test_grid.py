@@ -9,9 +9,11 @@ import json
 import os
 from pathlib import Path
 
+import measured_on_ranks
 import pytest
 
 from kt_hf import registry
+from kt_hf.testing.bench import differing
 from kt_hf.testing.grid import OUTCOMES, Grid, columns, page
 
 OURS = "kt_hf_plugins."
@@ -49,6 +51,16 @@ def test_whole_grid(task: str, tmp_path: Path, found: dict[str, dict[str, list[s
     assert all(grid.bench.task.metric in cell.metrics for cell in cells.values() if cell.outcome == "tested")
     if "GRID" not in os.environ:
         assert found[task] == WRITTEN[task]
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_measure_as_one(tmp_path: Path):
+    """Every task: 9 rows of test on two ranks in batches of 2, where every row must count once."""
+    for task, (one, two) in measured_on_ranks.one_and_two(tmp_path, TASKS).items():
+        (ours, weights), (theirs, others) = one, two
+        assert ours["index"] == theirs["index"] == list(range(9)), task
+        assert ours["metrics"] == pytest.approx(theirs["metrics"], rel=1e-4, abs=1e-6, nan_ok=True), task
+        assert ours["metric"] in ours["metrics"] and not differing(weights, others, rtol=1e-4, atol=1e-5), task
 
 
 def test_the_page_is_of_what_is_registered():
