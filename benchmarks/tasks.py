@@ -302,7 +302,19 @@ SEGFORMER = {
     "mlp_ratios": [2, 2, 2],
     "decoder_hidden_size": 64,
 }
-STREET = "Sky Building Pole Road Pavement Tree SignSymbol Fence Car Pedestrian Bicyclist".split()
+STREET = [
+    "Sky",
+    "Building",
+    "Pole",
+    "Road",
+    "Pavement",
+    "Tree",
+    "SignSymbol",
+    "Fence",
+    "Car",
+    "Pedestrian",
+    "Bicyclist",
+]
 
 
 @row
@@ -367,7 +379,9 @@ def measure(name: str, folder: Path, out: Path) -> dict[str, Any]:
         "task": stages["transferred"]["task"],
         "how": (built.__doc__ or "").strip(),
         "stages": found,
-        "gain": {k: gain[k] for k in ("metric", "value", "low", "high", "verdict", "unit", "higher_is_better", "seeds")},
+        "gain": {
+            k: gain[k] for k in ("metric", "value", "low", "high", "verdict", "unit", "higher_is_better", "seeds")
+        },
         **machine(),
     }
 
@@ -438,7 +452,10 @@ def main() -> None:
             target.write_text(json.dumps({"rows": ordered}, indent=1) + "\n")
             PAGE.write_text(page(ordered))
             gain = kept[name]["gain"]
-            print(f"{name}: {_span(kept[name]['stages']['transferred'])}, {_span(gain, True)}: {gain['verdict']}", flush=True)
+            print(
+                f"{name}: {_span(kept[name]['stages']['transferred'])}, {_span(gain, True)}: {gain['verdict']}",
+                flush=True,
+            )
     PAGE.write_text(page([kept[n] for n in ROWS if n in kept]))
 
 

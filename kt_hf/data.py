@@ -317,9 +317,7 @@ def _image_content(value: dict[str, Any] | None) -> bytes:
         return str(value["path"]).encode()
 
 
-def _clean(
-    parts: dict[str, _Part], roles: dict[str, str], drop: set[str], name: str, task: Task
-) -> dict[str, int]:
+def _clean(parts: dict[str, _Part], roles: dict[str, str], drop: set[str], name: str, task: Task) -> dict[str, int]:
     """Count rows that are empty, without a label, repeated or shared between splits; drop the kinds that `drop` names.
 
     Repeated and shared rows, and those without a label, leave `train` only: what is measured on stays as it is.

@@ -58,7 +58,7 @@ class QuestionAnswering(Task):
                 "hidden_dropout_prob": 0.0,
                 "attention_probs_dropout_prob": 0.0,
             },
-        }
+        },
     }
     unit = "end"
     metric = "f1"

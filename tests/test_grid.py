@@ -67,7 +67,9 @@ def test_the_page_is_of_what_is_registered():
     assert list(WRITTEN) == TASKS and all(list(cells) == COLUMNS for cells in WRITTEN.values())
     assert (DOCS / "grid.md").read_text() == page(WRITTEN)
     outcomes = {cell[0] for cells in WRITTEN.values() for cell in cells.values()}
-    assert outcomes <= set(OUTCOMES) and all(cell[1] for c in WRITTEN.values() for cell in c.values() if cell[0] != "tested")
+    assert outcomes <= set(OUTCOMES) and all(
+        cell[1] for c in WRITTEN.values() for cell in c.values() if cell[0] != "tested"
+    )
 
 
 @pytest.mark.parametrize("task", TASKS)

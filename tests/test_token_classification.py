@@ -23,7 +23,7 @@ from kt_hf.loader import Collate, Rows
 from kt_hf.roles import fitting_tasks
 from kt_hf.runner import run
 from kt_hf.task import FILL, Loaded
-from kt_hf.testing.bench import Bench, differing, fresh_model
+from kt_hf.testing.bench import Bench, fresh_model
 
 NAME = "token-classification"
 TAGS = ["O", "B-stone", "I-stone", "B-lamp", "I-lamp"]

@@ -18,6 +18,7 @@ from PIL import Image
 
 from kt_hf import Data
 from kt_hf.data import prepare
+from kt_hf.reading import in_memory
 
 
 def wav(samples: int) -> dict[str, Any]:
@@ -29,10 +30,8 @@ def wav(samples: int) -> dict[str, Any]:
 def sounds() -> datasets.Dataset:
     given = [wav(80 + i) for i in range(6)]
     given[2], given[4] = {"bytes": b"no sound", "path": None}, wav(0)
-    kinds = datasets.Features({"audio": datasets.Audio(decode=False), "label": datasets.Value("int64")})
-    return datasets.Dataset.from_dict({"audio": given, "label": [i % 2 for i in range(6)]}, kinds).cast_column(
-        "audio", datasets.Audio()
-    )
+    kinds = datasets.Features({"audio": datasets.Audio(), "label": datasets.Value("int64")})
+    return in_memory([{"audio": sound, "label": i % 2} for i, sound in enumerate(given)], kinds)
 
 
 def masks() -> datasets.Dataset:
@@ -77,7 +76,10 @@ def test_they_are_named_and_left_out(case: str, tmp_path: Path, caplog: pytest.L
     for split in ("train", "validation"):
         rows.to_parquet(tmp_path / f"{split}.parquet")
     info = prepare("d", Data(str(tmp_path), drop=["unreadable"]), task)
-    assert info.counts["unreadable"] == 2 * len(faults) and f"{2 * len(faults)} rows that cannot be used, dropped" in caplog.text
+    assert (
+        info.counts["unreadable"] == 2 * len(faults)
+        and f"{2 * len(faults)} rows that cannot be used, dropped" in caplog.text
+    )
     for split in ("train", "validation"):
         assert info.splits[split]["index"][:] == [i for i in range(6) if i not in faults]
         for number, why in faults.items():

@@ -119,7 +119,6 @@ def _needs(name: str) -> list[str]:
     return required(registry.load("strategy", name), "model")
 
 
-
 def page(cells: dict[str, dict[str, list[str]]]) -> str:
     """Task -> column -> (outcome, why), as a page for docs/."""
     names = list(next(iter(cells.values())))
