@@ -67,8 +67,9 @@ class Contrastive(Strategy):
     def setup(self, model: nn.Module, run: Any) -> nn.Module:
         inner = loading.unwrap(model)
         if not hasattr(run.task, "towers") or not hasattr(inner, "logit_scale"):
-            cause = f"contrastive: {type(inner).__name__} of {type(run.task).__name__} has no image and text towers"
-            raise NotMeaningful(cause, "use the task zero-shot-image-classification")
+            raise NotMeaningful(
+                "contrastive: this model has no image and text towers", "use the task zero-shot-image-classification"
+            )
         self.rank, self.world = run.rank, run.world
         locked = self._locked_names(model, run.task)
         for name, parameter in model.named_parameters():

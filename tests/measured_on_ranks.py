@@ -15,7 +15,9 @@ import conftest  # noqa: F401  the environment first
 from safetensors.torch import load_file, save_file
 
 from kt_hf import evaluation, registry
-from kt_hf.testing.bench import Bench
+from kt_hf.bundle import Bundle
+from kt_hf.task import Loaded
+from kt_hf.testing.bench import Bench, cpu_accelerator
 
 Found = tuple[dict[str, Any], dict[str, Any]]
 
@@ -27,14 +29,20 @@ def measure(task: str, models: Path, folder: Path, factor: int = 1) -> None:
     windows = 2 if bench.task.has_loss else 1  # a loss over the whole batch has no accumulation
     settings = {"per_device_train_batch_size": 2 * factor, "gradient_accumulation_steps": windows}
     stack = {name: registry.load("strategy", name)() for name in names}
+    start = bench.load(bench.saved("start"))
+    before, _ = metrics(bench, Bundle(start, bench.task, {}).eval(), start)
     trained = bench.train(stack, folder / "run", max_steps=3, adam_epsilon=1e-4, **settings)
-    accelerator, bundle = trained.trainer.accelerator, trained.trainer.bundle
-    found = evaluation.predict(bundle, bundle, accelerator, bench.info, "test", 2)
-    scores = bench.task.measure(found, trained.result.loaded, bench.info)
-    if accelerator.is_main_process:
-        facts = {"metrics": scores.metrics, "index": found["index"].tolist(), "metric": bench.task.metric}
+    after, index = metrics(bench, trained.trainer.bundle, trained.result.loaded)
+    if trained.trainer.accelerator.is_main_process:
+        facts = {"before": before, "after": after, "index": index, "metric": bench.task.metric}
         (folder / "facts.json").write_text(json.dumps(facts))
         save_file({k: v.contiguous() for k, v in trained.weights.items()}, folder / "weights.safetensors")
+
+
+def metrics(bench: Bench, bundle: Any, loaded: Loaded) -> tuple[dict[str, float], list[int]]:
+    """(metrics, rows) of the test split in batches of 2."""
+    found = evaluation.predict(bundle, bundle, cpu_accelerator(), bench.info, "test", 2)
+    return bench.task.measure(found, loaded, bench.info).metrics, found["index"].tolist()
 
 
 def one_and_two(folder: Path, tasks: list[str]) -> dict[str, tuple[Found, Found]]:

@@ -16,7 +16,7 @@ from kt_hf.testing.bench import Bench
 from kt_hf.testing.strategies import required
 
 TRAINING = {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "eval_steps": 0}
-OF_FINETUNE = {
+OF_FINETUNE: dict[str, dict[str, Any]] = {
     "finetune": {},
     "frozen layers": {"freeze_layers": 1},
     "linear probe": {"linear_probe": True},
@@ -111,7 +111,7 @@ def columns() -> dict[str, tuple[str, str, dict[str, Any]]]:
 
 
 def _adds(name: str) -> bool:
-    return bool(registry.load("strategy", name).adds_objective)
+    return bool(getattr(registry.load("strategy", name), "adds_objective", False))
 
 
 def _needs(name: str) -> list[str]:
@@ -125,8 +125,8 @@ def page(cells: dict[str, dict[str, list[str]]]) -> str:
     lines = [
         "# Every strategy, merge and ensemble on every task",
         "",
-        "Written by `GRID=docs/grid pytest -m slow tests/test_grid.py`, which trains, merges or combines tiny fresh models",
-        "of every task by a recipe, and compares what it finds with what is written here.",
+        "Written by `GRID=docs/grid pytest -m slow tests/test_grid.py`, which trains, merges or combines tiny fresh",
+        "models of every task by a recipe, and compares what it finds with what is written here.",
         "",
         "yes: it ran, and its result was saved, loaded and measured. A number: refused before anything was trained, or",
         "(in brackets) without a meaning for the task; the notes below say why.",
