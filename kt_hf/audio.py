@@ -12,9 +12,11 @@ import numpy as np
 
 from kt_hf.errors import RecipeError, RowError
 
+REMEDY = "mend the file, or leave out all that cannot be read: data.drop=[unreadable]"
 
-def decode(value: dict[str, Any] | None, rate: int, place: int) -> np.ndarray:
-    """The wave of a row: float32 in [-1, 1], the mean of its channels, resampled to `rate` per second.
+
+def decode(value: dict[str, Any] | None, rate: int | None, place: int) -> np.ndarray:
+    """The wave of a row: float32 in [-1, 1], the mean of its channels, resampled to `rate` per second (None: its own).
 
     value: `bytes` or `path`, as the data library holds them. place: of the row among those of its call. Raises
     `RowError`.
@@ -30,12 +32,10 @@ def decode(value: dict[str, Any] | None, rate: int, place: int) -> np.ndarray:
         wave_LC, own = soundfile.read(source, dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, OSError, TypeError) as error:
         what = " ".join(str(error).split())[:150]
-        raise RowError(
-            place, f"it cannot be decoded as sound: {what}", "mend the file, or leave the row out"
-        ) from error
+        raise RowError(place, f"it cannot be decoded as sound: {what}", REMEDY) from error
     if not len(wave_LC):
-        raise RowError(place, "the file holds no sound at all", "leave the row out")
-    return resample(wave_LC.mean(1), own, rate)
+        raise RowError(place, "the file holds no sound at all", REMEDY)
+    return resample(wave_LC.mean(1), own, rate or own)
 
 
 def resample(wave_L: np.ndarray, own: int, wanted: int) -> np.ndarray:

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kt_hf import images, labels
+from kt_hf import labels, unusable
 from kt_hf.errors import DataError, RecipeError, nearest
 from kt_hf.labels import Labels
 from kt_hf.nouns import Data
@@ -121,7 +121,7 @@ def prepare(name: str, data: Data, task: Task) -> DataInfo:
     for part in parts.values():
         part.hashes = _row_hashes(part.rows, [role for role in roles if role != "label"])
     drop = set(data.drop or [])
-    counts = _clean(parts, roles, drop, name)
+    counts = _clean(parts, roles, drop, name, task)
     if unreadable:
         counts["unreadable"] = counts.get("unreadable", 0) + unreadable
         logger.warning("data '%s': %d unreadable rows, dropped", name, unreadable)
@@ -317,7 +317,7 @@ def _image_content(value: dict[str, Any] | None) -> bytes:
         return str(value["path"]).encode()
 
 
-def _clean(parts: dict[str, _Part], roles: dict[str, str], drop: set[str], name: str) -> dict[str, int]:
+def _clean(parts: dict[str, _Part], roles: dict[str, str], drop: set[str], name: str, task: Task) -> dict[str, int]:
     """Count rows that are empty, without a label, repeated or shared between splits; drop the kinds that `drop` names.
 
     Repeated and shared rows, and those without a label, leave `train` only: what is measured on stays as it is.
@@ -337,12 +337,12 @@ def _clean(parts: dict[str, _Part], roles: dict[str, str], drop: set[str], name:
         masks["train"].update(duplicates=repeated, overlap=shared & inside)
         if train.classes is not None:
             masks["train"]["unlabelled"] = (train.classes < 0) & inside
-    if "unreadable" in drop:  # decodes every image
+    if "unreadable" in drop:  # decodes every file
         for split, part in parts.items():
-            masks[split]["unreadable"] = images.unreadable(part.rows)
+            masks[split]["unreadable"] = unusable.find(part.rows, part.keep, task, f"{split} of '{name}'")
     counts = {}
     for kind, what in (
-        ("unreadable", "rows with an unreadable image"),
+        ("unreadable", "rows that cannot be used"),
         ("empty", "empty rows"),
         ("unlabelled", "training rows without a label"),
         ("duplicates", "repeated training rows"),

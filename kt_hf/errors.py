@@ -27,6 +27,10 @@ class RecipeError(KtError):
     exit_code = 2
 
 
+class NotMeaningful(RecipeError):
+    """What was asked for has no meaning for a task, whatever its data and model; docs/grid.md says for which."""
+
+
 class DataError(KtError):
     """The data cannot be used as they are."""
 

@@ -74,9 +74,3 @@ def fault(source: datasets.Dataset, place: int, columns: Sequence[str]) -> str:
     except Exception as error:
         return " ".join(f"{type(error).__name__}: {error}".split())[:200]
     return ""
-
-
-def unreadable(source: datasets.Dataset) -> np.ndarray:
-    """Which rows have an image that cannot be read. Decodes all of them."""
-    columns = image_columns(source)
-    return np.array([bool(columns and fault(source, place, columns)) for place in range(len(source))], dtype=bool)

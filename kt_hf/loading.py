@@ -93,6 +93,12 @@ def config_of(ref: Model, **changes: Any) -> Any:
         return AutoConfig.from_pretrained(source, revision=ref.revision, trust_remote_code=False, **changes)
 
 
+def unset_fields(ref: Model, wanted: dict[str, Any]) -> dict[str, Any]:
+    """Of these fields of a configuration those that it has and that the user did not set."""
+    known = config_of(ref).to_dict()
+    return {k: v for k, v in wanted.items() if k in known and k not in (ref.config_overrides or {})}
+
+
 def dtype_of(ref: Model) -> Any:
     return "auto" if ref.dtype == "auto" else getattr(torch, ref.dtype)
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from kt_hf.errors import RecipeError
+from kt_hf.errors import NotMeaningful, RecipeError
 
 if TYPE_CHECKING:
     import datasets
@@ -162,6 +162,10 @@ class Task:
         """
         raise NotImplementedError
 
+    def check(self, row: dict[str, Any]) -> None:
+        """Raises `RowError` (place 0) for a row, columns by role, that `preprocess` would refuse, as far as that can be
+        told without a model and beside files that cannot be decoded. `data.drop=[unreadable]` asks it."""
+
     def row_limit(self, loaded: Loaded) -> int:
         """The most elements of the `length_column` that a row may have."""
         raise NotImplementedError
@@ -204,11 +208,11 @@ class Task:
 
     def scores(self, outputs: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """(scores_NC, weight_N): logits over classes for every unit, weight 0 where a unit does not count."""
-        raise RecipeError(f"{type(self).__name__} has no scores over classes", "use another strategy or task")
+        raise NotMeaningful(f"{type(self).__name__} has no scores over classes", "use another strategy or task")
 
     def features(self, outputs: Any, batch: Batch) -> torch.Tensor:
         """features_BD: one vector per row."""
-        raise RecipeError(f"{type(self).__name__} has no features", "use another strategy or task")
+        raise NotMeaningful(f"{type(self).__name__} has no features", "use another strategy or task")
 
     def context(
         self, model: nn.Module, loaded: Loaded, info: DataInfo, device: torch.device
@@ -231,7 +235,7 @@ class Task:
 
     def from_scores(self, scores_NC: torch.Tensor, weight_N: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
         """Predictions of an ensemble from its combined scores (log-probabilities)."""
-        raise RecipeError(f"{type(self).__name__} has no output ensembles", "merge in weight space instead")
+        raise NotMeaningful(f"{type(self).__name__} has no output ensembles", "merge in weight space instead")
 
     def measure(self, predictions: dict[str, np.ndarray], loaded: Loaded, info: DataInfo) -> Scores:
         """Metrics of a whole evaluation set, predictions sorted by `index`."""

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import nn
 
 from kt_hf import Strategy
-from kt_hf.errors import RecipeError
+from kt_hf.errors import NotMeaningful, RecipeError
 from kt_hf.functional import balancing
 
 
@@ -42,13 +42,16 @@ class Balance(Strategy):
         how = "weighs the loss of classes" if self.by == "weights" else "draws rows of classes"
         return f"{how} by {'1 / n' if self.beta == 1 else f'their effective number, beta {self.beta:g}'}"
 
+    def setup(self, model: nn.Module, run: Any) -> nn.Module:
+        if self.beta and (run.info.labels is None or run.loaded.label_ids is None):
+            raise NotMeaningful("'balance': the data have no classes", "leave it out")
+        if self.beta and run.task.unit == "class":
+            raise RecipeError("'balance': rows may have several classes, each a yes or no of its own", "leave it out")
+        return model
+
     def ready(self, model: nn.Module, run: Any) -> None:
         if self.by != "weights" or not self.beta:
             return
-        if run.info.labels is None or run.loaded.label_ids is None:
-            raise RecipeError("'balance': the data have no classes", "leave it out")
-        if run.task.unit == "class":
-            raise RecipeError("'balance': rows may have several classes, each a yes or no of its own", "leave it out")
         found = run.info.splits["train"]["label"][:]
         flat = [y for row in found for y in (row if isinstance(row, list) else [row]) if y is not None and y >= 0]
         weights = balancing.weights(np.bincount(flat, minlength=len(run.info.labels)), self.beta)

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import nn
 
 from kt_hf import Strategy, loading
-from kt_hf.errors import RecipeError
+from kt_hf.errors import NotMeaningful, RecipeError
 from kt_hf.functional import losses
 
 _FRESH_SCALE = {"clip": math.log(1 / 0.07), "siglip": math.log(10)}
@@ -67,8 +67,9 @@ class Contrastive(Strategy):
     def setup(self, model: nn.Module, run: Any) -> nn.Module:
         inner = loading.unwrap(model)
         if not hasattr(run.task, "towers") or not hasattr(inner, "logit_scale"):
-            cause = f"contrastive: {type(inner).__name__} of {type(run.task).__name__} has no image and text towers"
-            raise RecipeError(cause, "use the task zero-shot-image-classification")
+            raise NotMeaningful(
+                "contrastive: this model has no image and text towers", "use the task zero-shot-image-classification"
+            )
         self.rank, self.world = run.rank, run.world
         locked = self._locked_names(model, run.task)
         for name, parameter in model.named_parameters():

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from kt_hf import Loaded, Role, Task, loading
-from kt_hf.errors import DataError, RecipeError
+from kt_hf.errors import DataError, NotMeaningful, RecipeError
 from kt_hf.functional import retrieval, scoring
 from kt_hf.task import Batch, Scores, auto_classes
 
@@ -287,7 +287,7 @@ class FeatureExtraction(Task):
     def answer(self, predictor: Any, info: Any, max_new_tokens: int) -> dict[str, list[Any]]:
         """The embedding of every text; of pairs, the cosine of their embeddings."""
         if predictor.combine is not None:
-            raise RecipeError("embeddings of several models have no mean", "use one of the ensemble's members")
+            raise NotMeaningful("embeddings of several models have no mean", "use one of the ensemble's members")
         found = predictor.scores(info, "test")
         chosen = found["cosine"] if "cosine" in found else found["text_embeds"]
         return {"prediction": chosen.tolist()}

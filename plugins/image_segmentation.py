@@ -23,6 +23,7 @@ from kt_hf.task import FILL, Batch, Scores
 
 IGNORED = -100
 """Label of a pixel that does not count."""
+REMEDY = "or leave such rows out: data.drop=[unreadable]"
 
 
 class ImageSegmentation(Task):
@@ -146,27 +147,40 @@ class ImageSegmentation(Task):
 
     def _mask(self, place: int, picture: Image.Image, mask: Image.Image, loaded: Loaded) -> np.ndarray:
         """The model's class of every pixel, IGNORED where it does not count."""
+        ids = np.asarray(loaded.label_ids)
+        values, counts = self._values(place, picture, mask, len(ids))
+        return np.where(counts, ids[np.where(counts, values, 0)], IGNORED).astype(np.int64)
+
+    def _values(
+        self, place: int, picture: Image.Image, mask: Image.Image, num_classes: int | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(values_HW, which of them count). Raises `RowError`. num_classes: None where they are not known yet."""
         if mask.size != picture.size:
             raise RowError(
                 place,
                 f"the image has {picture.width} x {picture.height} pixels, its mask {mask.width} x {mask.height}",
-                "make masks as large as their images, or leave the row out",
+                f"make masks as large as their images, {REMEDY}",
             )
         values = np.asarray(mask)
         if values.ndim != 2:
             raise RowError(
-                place, f"the mask has {values.shape[-1]} channels", "save masks with one channel of class numbers"
+                place,
+                f"the mask has {values.shape[-1]} channels",
+                f"save masks with one channel of class numbers, {REMEDY}",
             )
-        ids = np.asarray(loaded.label_ids)
         counts = values != self.ignore_index
-        if (values[counts] >= len(ids)).any():
+        if num_classes is not None and (values[counts] >= num_classes).any():
             odd = int(values[counts].max())
             raise RowError(
                 place,
-                f"the mask has the value {odd}, the classes go from 0 to {len(ids) - 1}",
+                f"the mask has the value {odd}, the classes go from 0 to {num_classes - 1}",
                 "name all classes, or say which value does not count: task.image-segmentation.ignore_index",
             )
-        return np.where(counts, ids[np.where(counts, values, 0)], IGNORED).astype(np.int64)
+        return values, counts
+
+    def check(self, row: dict[str, Any]) -> None:
+        if row.get("mask") is not None:
+            self._values(0, row["image"], row["mask"], len(self.classes) if self.classes else None)
 
     def collate(self, rows: Any, loaded: Loaded) -> Batch:
         """Masks of several sizes lie in the upper left corner."""

@@ -45,6 +45,7 @@ class QuestionAnswering(Task):
     auto_class = "AutoModelForQuestionAnswering"
     adapter_type = "QUESTION_ANS"
     conformance = {
+        "settings": {"max_length": 20, "doc_stride": 3, "max_question_length": 9},
         "model": {
             "config": "bert",
             "config_overrides": {
@@ -57,7 +58,7 @@ class QuestionAnswering(Task):
                 "hidden_dropout_prob": 0.0,
                 "attention_probs_dropout_prob": 0.0,
             },
-        }
+        },
     }
     unit = "end"
     metric = "f1"
@@ -190,6 +191,10 @@ class QuestionAnswering(Task):
         kept = sorted(order[: self.max_windows])
         for name in names:
             out[name][row] = [out[name][row][window] for window in kept]
+
+    def check(self, row: dict[str, Any]) -> None:
+        if row.get("answers") is not None:
+            spans(0, row["answers"], row["context"] or "")
 
     def collate(self, rows: Any, loaded: Loaded) -> Batch:
         """Windows of all rows, one after the other; `row_of`: the place of each one's row in the batch. `null`: the
@@ -368,7 +373,7 @@ def spans(place: int, given: Any, context: str) -> list[tuple[str, int, int]]:
             raise RowError(
                 place,
                 f"the answer '{text[:60]}' is not at character {start} of its context (there: '{there[:60]}')",
-                "mend answer_start, which counts characters from 0, or drop the row",
+                "mend answer_start, which counts characters from 0, or leave such rows out: data.drop=[unreadable]",
             )
         found.append((text, start, start + len(text)))
     return found

@@ -306,8 +306,7 @@ def fresh_fields(ref: Any, tokenizer: Any) -> dict[str, Any]:
         "decoder_start_token_id": padding_of(tokenizer),
     }
     wanted |= {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    known = loading.config_of(ref).to_dict()
-    return {k: v for k, v in wanted.items() if k in known and k not in (ref.config_overrides or {})}
+    return loading.unset_fields(ref, wanted)
 
 
 def start_fresh(model: Any, tokenizer: Any) -> None:

@@ -400,8 +400,7 @@ def fresh_fields(ref: Any, tokenizer: Any) -> dict[str, Any]:
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": None,
     }
-    known = loading.config_of(ref).to_dict()
-    return {k: v for k, v in wanted.items() if k in known and k not in (ref.config_overrides or {})}
+    return loading.unset_fields(ref, wanted)
 
 
 def check_model(loaded: Loaded, fresh: bool) -> None:

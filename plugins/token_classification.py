@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 IGNORED = -100
 """Label of a piece that is not learnt."""
+REMEDY = "or leave such rows out: data.drop=[unreadable]"
 UNKNOWN = -1
 """A word without a tag; among predictions, one that the model has not seen."""
 ENTITIES = ("entity_f1", "entity_precision", "entity_recall")
@@ -153,17 +154,14 @@ class TokenClassification(Task):
 
     def _tags(self, place: int, words: list[str], given: list[int] | None, loaded: Loaded) -> list[int]:
         """The model's number of every word's tag."""
-        odd = next((word for word in words if not isinstance(word, str)), None)
-        if odd is not None or None in words:
-            raise RowError(place, f"{odd!r} is no word", "write a text for every word, or drop the row")
+        check_words(place, words, given)
         if not given:
             return [UNKNOWN] * len(words)
-        if len(given) != len(words):
-            raise RowError(
-                place, f"{len(words)} words with {len(given)} tags", "give a tag for every word, or drop the row"
-            )
         assert loaded.label_ids is not None
         return [UNKNOWN if tag is None or tag < 0 else loaded.label_ids[tag] for tag in given]
+
+    def check(self, row: dict[str, Any]) -> None:
+        check_words(0, row["tokens"] or [], row.get("label"))
 
     def collate(self, rows: Any, loaded: Loaded) -> Batch:
         """Padded on the right, whichever side the tokenizer pads on."""
@@ -408,3 +406,12 @@ def of_texts(loaded: Loaded, texts: Sequence[str]) -> list[list[dict[str, Any]]]
     model: Any = loaded.model
     tagger = pipeline("token-classification", model=model, tokenizer=loaded.processor, aggregation_strategy="first")
     return [[{**found, "score": float(found["score"])} for found in tagger(text)] for text in texts]
+
+
+def check_words(place: int, words: list[str], tags: list[int] | None) -> None:
+    """Raises `RowError` unless all words are texts and each has a tag, where there are tags."""
+    odd = next((word for word in words if not isinstance(word, str)), None)
+    if odd is not None or None in words:
+        raise RowError(place, f"{odd!r} is no word", f"write a text for every word, {REMEDY}")
+    if tags and len(tags) != len(words):
+        raise RowError(place, f"{len(words)} words with {len(tags)} tags", f"give a tag for every word, {REMEDY}")

@@ -1,6 +1,8 @@
-"""What a task trains and measures, alike on any number of processes: `measured_on_ranks.py TASK BENCH FOLDER SETTINGS`
-trains and measures on the kit's bench in the folder BENCH (its model is there) on every rank, and writes to FOLDER what
-comes out. SETTINGS: of the task, as JSON."""
+"""What tasks train and measure, alike on any number of processes.
+
+`measured_on_ranks.py FOLDER TASK...` trains and measures every task on the kit's bench in FOLDER/TASK/bench (its model
+is there) on every rank, and writes to FOLDER/TASK/two what comes out.
+"""
 
 import json
 import os
@@ -10,47 +12,59 @@ from pathlib import Path
 from typing import Any
 
 import conftest  # noqa: F401  the environment first
-from kt_hf_plugins.finetune import Finetune
 from safetensors.torch import load_file, save_file
 
-from kt_hf import evaluation
-from kt_hf.testing.bench import Bench
+from kt_hf import evaluation, registry
+from kt_hf.bundle import Bundle
+from kt_hf.task import Loaded
+from kt_hf.testing.bench import Bench, cpu_accelerator
+
+Found = tuple[dict[str, Any], dict[str, Any]]
 
 
-def main(task: str, models: Path, folder: Path, factor: int = 1, given: dict[str, Any] | None = None) -> None:
-    """`factor`: how many processes this one stands for; it takes a batch so many times larger. given: settings of the
-    task."""
+def measure(task: str, models: Path, folder: Path, factor: int = 1) -> None:
+    """`factor`: how many processes this one stands for; it takes a batch so many times larger."""
     bench = Bench(task, models)
-    bench.task = type(bench.task)(**(given or {}))
-    settings = {"per_device_train_batch_size": 2 * factor, "gradient_accumulation_steps": 2, "adam_epsilon": 1e-4}
-    trained = bench.train({"finetune": Finetune()}, folder / "run", max_steps=3, **settings)
-    accelerator, bundle = trained.trainer.accelerator, trained.trainer.bundle
-    found = evaluation.predict(bundle, bundle, accelerator, bench.info, "test", 2)
-    scores = bench.task.measure(found, trained.result.loaded, bench.info)
-    if accelerator.is_main_process:
-        facts = {"metrics": scores.metrics, "index": found["index"].tolist()}
+    names = ["finetune"] if bench.task.has_loss else ["finetune", "contrastive"]
+    windows = 2 if bench.task.has_loss else 1  # a loss over the whole batch has no accumulation
+    settings = {"per_device_train_batch_size": 2 * factor, "gradient_accumulation_steps": windows}
+    stack = {name: registry.load("strategy", name)() for name in names}
+    start = bench.load(bench.saved("start"))
+    before, _ = metrics(bench, Bundle(start, bench.task, {}).eval(), start)
+    trained = bench.train(stack, folder / "run", max_steps=3, adam_epsilon=1e-4, **settings)
+    after, index = metrics(bench, trained.trainer.bundle, trained.result.loaded)
+    if trained.trainer.accelerator.is_main_process:
+        facts = {"before": before, "after": after, "index": index, "metric": bench.task.metric}
         (folder / "facts.json").write_text(json.dumps(facts))
         save_file({k: v.contiguous() for k, v in trained.weights.items()}, folder / "weights.safetensors")
 
 
-def launch(*arguments: str) -> None:
-    """This script on two processes."""
+def metrics(bench: Bench, bundle: Any, loaded: Loaded) -> tuple[dict[str, float], list[int]]:
+    """(metrics, rows) of the test split in batches of 2."""
+    found = evaluation.predict(bundle, bundle, cpu_accelerator(), bench.info, "test", 2)
+    return bench.task.measure(found, loaded, bench.info).metrics, found["index"].tolist()
+
+
+def one_and_two(folder: Path, tasks: list[str]) -> dict[str, tuple[Found, Found]]:
+    """Task -> (facts, weights) of one process, and of two; a single launch does all tasks."""
+    for task in tasks:
+        for name in ("one", "two"):
+            (folder / task / name).mkdir(parents=True)
+        measure(task, folder / task / "bench", folder / task / "one", 2)
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
     where = Path(__file__).parent
-    done = subprocess.run([*start, *arguments], capture_output=True, text=True, timeout=400, cwd=where, env=environment)
+    command = [*start, str(folder), *tasks]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=where, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
+    return {task: (read(folder / task / "one"), read(folder / task / "two")) for task in tasks}
 
 
-def one_and_two(task: str, models: Path, folder: Path, given: dict[str, Any]) -> list[tuple[dict[str, Any], Any]]:
-    """(facts, weights) of one process, and of two."""
-    for name in ("one", "two"):
-        (folder / name).mkdir()
-    main(task, models, folder / "one", 2, given)
-    launch(task, str(models), str(folder / "two"), json.dumps(given))
-    folders = [folder / name for name in ("one", "two")]
-    return [(json.loads((f / "facts.json").read_text()), load_file(f / "weights.safetensors")) for f in folders]
+def read(folder: Path) -> Found:
+    return json.loads((folder / "facts.json").read_text()), load_file(folder / "weights.safetensors")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), given=json.loads(sys.argv[4]))
+    for given in sys.argv[2:]:
+        root = Path(sys.argv[1]) / given
+        measure(given, root / "bench", root / "two")

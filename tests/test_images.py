@@ -94,7 +94,7 @@ def test_broken_images_are_left_out_on_request_and_counted(case, tmp_path, caplo
     task = load("task", "image-classification")()
     info = prepare("d", Data(str(folder_with(tmp_path, BROKEN[case])), drop=["unreadable"]), task)
     assert len(info.splits["train"]) == 11 and 7 not in info.splits["train"]["index"]
-    assert info.counts["unreadable"] == 1 and "1 rows with an unreadable image, dropped" in caplog.text
+    assert info.counts["unreadable"] == 1 and "1 rows that cannot be used, dropped" in caplog.text
 
 
 def turned() -> bytes:

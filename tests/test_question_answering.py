@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import measured_on_ranks
 import numpy as np
 import pytest
 import torch
@@ -322,13 +321,3 @@ def test_every_strategy_merge_and_ensemble_in_one_recipe(bench: Bench, tmp_path:
     kept = datasets.Dataset.from_parquet(str(tmp_path / "out" / "soup" / "predictions.parquet"))
     again = np.mean([answers.best(answers.f1, row["prediction"], row["answers"]) for row in kept])
     assert again == pytest.approx(figures["soup"]["f1"]["value"])
-
-
-@pytest.mark.slow
-def test_two_ranks_train_and_measure_as_one(bench: Bench, tmp_path: Path):
-    """9 questions with different numbers of windows on two ranks, in batches of 2."""
-    bench.saved("start")
-    given = {**SMALL, "null_threshold": 0.0}
-    (one, ours), (two, theirs) = measured_on_ranks.one_and_two(NAME, bench.folder, tmp_path, given)
-    assert one["metrics"] == pytest.approx(two["metrics"]) and one["index"] == two["index"] == list(range(9))
-    assert not differing(ours, theirs, rtol=1e-4, atol=1e-5)

@@ -110,9 +110,9 @@ class StrategyCase(Case):
     def settings(self, **changes: Any) -> dict[str, Any]:
         """References that the strategy cannot do without are filled in: a teacher, a data set."""
         filled: dict[str, Any] = {}
-        for name in _required(self.cls, "model"):
+        for name in required(self.cls, "model"):
             filled[name] = self.bench.saved("teacher")
-        for name in _required(self.cls, "data"):
+        for name in required(self.cls, "data"):
             filled[name] = "bench"
         return super().settings(**{**{k: v for k, v in filled.items() if k not in self.given}, **changes})
 
@@ -156,7 +156,7 @@ class StrategyCase(Case):
         return self.train(where, optim="sgd", learning_rate=0.05, max_steps=3, **training)[0]
 
 
-def _required(cls: type, kind: str) -> list[str]:
+def required(cls: type, kind: str) -> list[str]:
     required = [name for name, (_, p) in settings.parameters(cls).items() if p.default is p.empty]
     return list(settings.references(cls, dict.fromkeys(required, "x"), kind))
 
