@@ -24,6 +24,7 @@ from kt_hf.errors import Collector, RecipeError
 from kt_hf.loading import local
 from kt_hf.recipe import Data, Ensemble, Evaluate, Merge, Model, Recipe, Stage, Train
 from kt_hf.roles import fitting_tasks
+from kt_hf.task import Task
 
 logger = logging.getLogger(__name__)
 
