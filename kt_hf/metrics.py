@@ -241,9 +241,7 @@ def detection_metric() -> Any:
 def of_boxes(rows: Sequence[Any]) -> tuple[dict[str, float], dict[int, float]]:
     """(figures by name, average precision by class that there is) of rows with scores, classes and boxes, and
     true_classes and true_boxes."""
-    said = [
-        {"boxes": r.boxes.tolist(), "scores": r.scores.tolist(), "labels": r.classes.tolist()} for r in rows
-    ]
+    said = [{"boxes": r.boxes.tolist(), "scores": r.scores.tolist(), "labels": r.classes.tolist()} for r in rows]
     true = [{"boxes": r.true_boxes.tolist(), "labels": r.true_classes.tolist()} for r in rows]
     found = BoxPrecision(keep_in_memory=True).compute(predictions=said, references=true) or {}
     names = {

@@ -194,9 +194,7 @@ class Task:
         """Run the model without labels."""
         raise NotImplementedError
 
-    def loss(
-        self, outputs: Any, batch: Batch, label_smoothing: float = 0.0
-    ) -> Part | list[Part]:
+    def loss(self, outputs: Any, batch: Batch, label_smoothing: float = 0.0) -> Part | list[Part]:
         """(values, weight, unit), unreduced, in float32; or several of these, each a mean by its own unit, which are
         added."""
         raise NotImplementedError

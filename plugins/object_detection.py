@@ -441,7 +441,8 @@ def layer_loss(
 
 def best(found: Found, top_k: int) -> dict[str, torch.Tensor]:
     """scores_BT, classes_BT and boxes (corners in shares of the picture), the surest first, as the image processors of
-    transformers choose them: of each query its best class, or of models without an output for nothing any pairs."""
+    transformers choose them: of each query its best class, or of models without an output for nothing any pairs of a
+    query and a class, as many as there are queries."""
     logits_BQK = found.logits.float()
     if found.background:
         each_BQ, kind_BQ = logits_BQK.softmax(-1)[..., :-1].max(-1)
@@ -449,7 +450,7 @@ def best(found: Found, top_k: int) -> dict[str, torch.Tensor]:
         kind = kind_BQ.gather(1, query)
     else:
         flat = logits_BQK.sigmoid().flatten(1)
-        scores, place = flat.topk(min(top_k, flat.shape[1]))
+        scores, place = flat.topk(min(top_k, logits_BQK.shape[1]))
         query, kind = place // logits_BQK.shape[-1], place % logits_BQK.shape[-1]
     boxes = corners(found.pred_boxes.float()).gather(1, query[..., None].expand(-1, -1, 4))
     return {"scores": scores, "classes": kind, "boxes": boxes.flatten(1)}

@@ -72,7 +72,9 @@ def rank(
     return Ranking(images_D, [np.flatnonzero(hit_D) for hit_D in hit_TD], np.asarray(counts_N))
 
 
-def average_precision(ranking: Ranking, weights_N: np.ndarray, places: Sequence[int] | None = None) -> np.ndarray | None:
+def average_precision(
+    ranking: Ranking, weights_N: np.ndarray, places: Sequence[int] | None = None
+) -> np.ndarray | None:
     """ap_T of a class, at the thresholds in these places (by default all): the mean over 101 levels of recall of the
     best precision at that recall or a higher one. None where there are no true boxes.
 
