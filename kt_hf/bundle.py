@@ -211,8 +211,8 @@ class Bundle(nn.Module):
             weight *= strategy.task_weight(position.progress)
         terms: dict[str, torch.Tensor] = {}
         if weight and self.task.has_loss:
-            found = self.task.loss(step.outputs, batch, self.label_smoothing)
-            parts = [self._mean(step, *part) for part in (found if isinstance(found, list) else [found])]
+            loss = self.task.loss(step.outputs, batch, self.label_smoothing)
+            parts = [self._mean(step, *part) for part in (loss if isinstance(loss, list) else [loss])]
             mean = sum(parts[1:], parts[0])
             terms["task"] = mean if weight == 1.0 else weight * mean
         elif not any(type(s).adds_objective for s in stack.values()):

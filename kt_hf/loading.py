@@ -103,6 +103,7 @@ def load_model(
     ref: Model,
     labels: list[str] | None = None,
     by_class: Callable[[nn.Module], list[str]] | None = None,
+    /,
     **changes: Any,
 ) -> Loaded:
     """A model of the class family `auto` (an `AutoModelFor...`), with a head for `labels` where these are given.

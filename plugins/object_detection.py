@@ -46,10 +46,11 @@ class ObjectDetection(Task):
 
     Every model learns by DETR's set loss, with the costs and coefficients of its configuration: cross-entropy where it
     has an output for nothing (a mean over the queries of each image, then over images; the paper's is over all queries
-    at once), else the focal loss; distance and generalized IoU by the number of boxes in the whole step. RT-DETR's layers and
-    proposals have one each (focal in place of its varifocal loss), without its denoising. Scores, for `distill`, are of
-    the classes at the query that fits each true box: teacher and student are lined up by these boxes, whatever the
-    number of their queries. `data.augment` moves boxes with their image; those that leave it are dropped.
+    at once), else the focal loss; distance and generalized IoU by the number of boxes in the whole step. Of earlier
+    layers only RT-DETR's learn by losses of their own, and its proposals (focal in place of its varifocal loss, without
+    its denoising); `auxiliary_loss` of other configurations is not heeded. Scores, for `distill`, are of the classes at
+    the query that fits each true box: teacher and student are lined up by these boxes, whatever the number of their
+    queries. `data.augment` moves boxes with their image; those that leave it are dropped.
     """
 
     auto_class = "AutoModelForObjectDetection"
@@ -130,8 +131,8 @@ class ObjectDetection(Task):
         from transformers import AutoModelForObjectDetection
 
         self.settle(info)
-        loaded = loading.load_model(AutoModelForObjectDetection, ref, self.names or info.labels, by_class=by_class)
-        config = loaded.model.config
+        loaded = loading.load_model(AutoModelForObjectDetection, ref, self.names or info.labels, by_class)
+        config: Any = loaded.model.config
         if (getattr(config, "group_detr", None) or 1) > 1:
             raise RecipeError(
                 f"{type(loaded.model).__name__} trains {config.group_detr} groups of queries, the task's loss one",
@@ -275,7 +276,7 @@ class ObjectDetection(Task):
                 "training.label_smoothing_factor: this model says of each class yes or no", "leave it out"
             )
         said = [(outputs.logits, outputs.pred_boxes), *outputs.others]
-        return [part for layer in said for part in layer_loss(*layer, outputs, batch, label_smoothing)]
+        return [part for logits, boxes in said for part in layer_loss(logits, boxes, outputs, batch, label_smoothing)]
 
     def units(self, batch: Batch) -> dict[str, int | torch.Tensor]:
         """Rows and true boxes."""

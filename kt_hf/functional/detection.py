@@ -1,8 +1,8 @@
 """Average precision of detected boxes as a function of how often every image counts, for resampling.
 
-As COCO's evaluation computes it: in every image the detections of a class, best first, take the free true box that they
-overlap most; over all images, ranked by score, that gives precision at 101 levels of recall. What overlaps what does not
-depend on which images were drawn, so it is settled once; a draw costs a sum over ranks.
+As COCO's evaluation computes it: in every image the detections of a class, best first, take the free true box that
+they overlap most; over all images, ranked by score, that gives precision at 101 levels of recall. What overlaps what
+does not depend on which images were drawn, so it is settled once; a draw costs a sum over ranks.
 
 Shapes: N images, D detections of a class (of one image, then of all), G true boxes of a class in an image, T thresholds
 of overlap, H detections that hit.
