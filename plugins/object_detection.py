@@ -321,7 +321,7 @@ class ObjectDetection(Task):
                 found[key][rows] = value
         found["size"] = batch["size"]
         if "labels" in batch:
-            found |= {"true_classes": batch["labels"], "true_boxes": corners(batch["boxes"]).flatten(1)}
+            found |= {"true_classes": batch["labels"], "true_boxes": set_loss.corners(batch["boxes"]).flatten(1)}
         return found
 
     def measure(self, predictions: dict[str, np.ndarray], loaded: Loaded, info: Any) -> Scores:
@@ -453,13 +453,8 @@ def best(found: Found, top_k: int) -> dict[str, torch.Tensor]:
         flat = logits_BQK.sigmoid().flatten(1)
         scores, place = flat.topk(min(top_k, logits_BQK.shape[1]))
         query, kind = place // logits_BQK.shape[-1], place % logits_BQK.shape[-1]
-    boxes = corners(found.pred_boxes.float()).gather(1, query[..., None].expand(-1, -1, 4))
+    boxes = set_loss.corners(found.pred_boxes.float()).gather(1, query[..., None].expand(-1, -1, 4))
     return {"scores": scores, "classes": kind, "boxes": boxes.flatten(1)}
-
-
-def corners(boxes: torch.Tensor) -> torch.Tensor:
-    """(left, top, right, bottom) of (centre, width, height)."""
-    return torch.cat([boxes[..., :2] - boxes[..., 2:] / 2, boxes[..., :2] + boxes[..., 2:] / 2], -1)
 
 
 def matching(model: nn.Module, pattern: re.Pattern[str]) -> list[str]:

@@ -106,10 +106,29 @@ def boxes(
     boxes_BQ4: torch.Tensor, truth_BM4: torch.Tensor, query_BM: torch.Tensor, distance: float, giou: float
 ) -> torch.Tensor:
     """values_BM, in float32: the weighted sum of distance (L1) and 1 - generalized IoU of every matched box, else 0."""
-    from torchvision.ops import box_convert, generalized_box_iou_loss
-
     places_BM4 = query_BM.clamp(min=0)[..., None].expand(-1, -1, 4)
     found_BM4, truth_BM4 = boxes_BQ4.float().gather(1, places_BM4), truth_BM4.float()
-    corners = [box_convert(x, "cxcywh", "xyxy") for x in (found_BM4, truth_BM4)]
-    values_BM = distance * (found_BM4 - truth_BM4).abs().sum(-1) + giou * generalized_box_iou_loss(*corners)
+    away_BM = 1 - generalized_iou(corners(found_BM4), corners(truth_BM4))
+    values_BM = distance * (found_BM4 - truth_BM4).abs().sum(-1) + giou * away_BM
     return torch.where(query_BM < 0, 0.0, values_BM)
+
+
+def corners(boxes: torch.Tensor) -> torch.Tensor:
+    """(left, top, right, bottom) of (centre x, centre y, width, height)."""
+    return torch.cat([boxes[..., :2] - boxes[..., 2:] / 2, boxes[..., :2] + boxes[..., 2:] / 2], -1)
+
+
+def generalized_iou(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """IoU - (hull - union) / hull of boxes in pairs, (left, top, right, bottom); 0 for two without an area.
+
+    Rezatofighi et al. 2019, "Generalized Intersection over Union", arXiv:1902.09630, algorithm 1. Not torchvision's,
+    which picks out pairs that overlap: that waits for the device, and cannot be played without content.
+    """
+    both = _area((torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0))
+    hull = _area(torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2]))
+    union = _area(a[..., 2:] - a[..., :2]) + _area(b[..., 2:] - b[..., :2]) - both
+    return both / union.clamp(min=1e-12) - (hull - union) / hull.clamp(min=1e-12)
+
+
+def _area(sides: torch.Tensor) -> torch.Tensor:
+    return sides[..., 0] * sides[..., 1]  # the gradient of `prod` would look for zeros
