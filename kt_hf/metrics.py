@@ -235,7 +235,8 @@ def detection_metric() -> Any:
     from torchmetrics.detection import MeanAveragePrecision
 
     levels = {"iou_thresholds": THRESHOLDS.tolist(), "rec_thresholds": RECALLS.tolist()}
-    return MeanAveragePrecision(class_metrics=True, **levels)
+    # by itself it would gather from all processes, of which each has all rows, and reports are the first one's alone
+    return MeanAveragePrecision(class_metrics=True, sync_on_compute=False, **levels)
 
 
 def of_boxes(rows: Sequence[Any]) -> tuple[dict[str, float], dict[int, float]]:

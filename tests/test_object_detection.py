@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -430,6 +434,40 @@ def test_every_strategy_and_two_ranks(tmp_path):
     assert all(entry["metric"] == "mean_average_precision" for entry in entries.values())
     saved = str(tmp_path / "out" / "teacher" / "model")
     task_grid.compare_ranks(tmp_path, saved, str(path), "object-detection", [])
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_report_as_one(tmp_path):
+    """Boxes are counted over both, whose shares have unequally many."""
+    path = folder(tmp_path / "data")
+    training = {**QUICK, "logging_steps": 1, "per_device_train_batch_size": 4}
+    content = {"data": {"path": str(path)}, "model": YOLOS, "training": training, "stages": [{"train": "a"}]}
+    content["stages"] += [{"train": "b", "strategies": [{"distill": {"teacher": "@a"}}]}]
+    (tmp_path / "recipe.yaml").write_text(json.dumps(content))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    reports = []
+    for world in (1, 2):
+        out = tmp_path / f"out{world}"
+        command = [
+            *launch,
+            str(world),
+            "-m",
+            "kt_hf.cli",
+            "run",
+            str(tmp_path / "recipe.yaml"),
+            "--output-dir",
+            str(out),
+        ]
+        command += [f"training.per_device_train_batch_size={4 // world}"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+        assert done.returncode == 0, done.stderr[-4000:]
+        reports.append(json.loads((out / "report.json").read_text())["stages"])
+    for one, two in zip(*reports, strict=True):
+        losses = [[point["loss"] for point in stage["curves"][0]["training"]] for stage in (one, two)]
+        assert len(losses[0]) == 6 and losses[0] == pytest.approx(losses[1], rel=1e-5)
+        for name, figure in one["metrics"].items():
+            assert figure["value"] == pytest.approx(two["metrics"][name]["value"], abs=1e-5)
 
 
 @pytest.mark.slow
