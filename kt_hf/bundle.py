@@ -211,10 +211,9 @@ class Bundle(nn.Module):
             weight *= strategy.task_weight(position.progress)
         terms: dict[str, torch.Tensor] = {}
         if weight and self.task.has_loss:
-            values, weights, unit = self.task.loss(step.outputs, batch, self.label_smoothing)
-            for strategy in self.weighers:
-                weights = strategy.weigh(weights, values, batch)
-            mean = step.mean(values, weights, unit)
+            loss = self.task.loss(step.outputs, batch, self.label_smoothing)
+            parts = [self._mean(step, *part) for part in (loss if isinstance(loss, list) else [loss])]
+            mean = sum(parts[1:], parts[0])
             terms["task"] = mean if weight == 1.0 else weight * mean
         elif not any(type(s).adds_objective for s in stack.values()):
             raise RecipeError(
@@ -229,6 +228,12 @@ class Bundle(nn.Module):
                 found = strategy.loss(step)
             terms |= {f"{name}/{key}": value for key, value in found.items()}
         return terms
+
+    def _mean(self, step: Step, values: torch.Tensor, weights: torch.Tensor | None, unit: str) -> torch.Tensor:
+        """A part of the task's loss, its values weighed."""
+        for strategy in self.weighers:
+            weights = strategy.weigh(weights, values, step.batch)
+        return step.mean(values, weights, unit)
 
     def encode(self, batch: Batch, own: bool = False) -> Any:
         """The model's outputs; `own` where the batch is the training batch as it came."""

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -103,8 +104,19 @@ def dtype_of(ref: Model) -> Any:
     return "auto" if ref.dtype == "auto" else getattr(torch, ref.dtype)
 
 
-def load_model(auto: Any, ref: Model, labels: list[str] | None = None, **changes: Any) -> Loaded:
-    """A model of the class family `auto` (an `AutoModelFor...`), with a head for `labels` where these are given."""
+def load_model(
+    auto: Any,
+    ref: Model,
+    labels: list[str] | None = None,
+    by_class: Callable[[nn.Module], list[str]] | None = None,
+    /,
+    **changes: Any,
+) -> Loaded:
+    """A model of the class family `auto` (an `AutoModelFor...`), with a head for `labels` where these are given.
+
+    by_class: names the modules that have an output for every class, where a new set of classes does not make all of the
+    head new.
+    """
     if ref.path is not None and (Path(ref.path) / ADAPTER).is_file():
         return load_adapter(auto, ref, labels)
     config = config_of(ref, **changes)
@@ -149,13 +161,15 @@ def load_model(auto: Any, ref: Model, labels: list[str] | None = None, **changes
             output_loading_info=True,
         )
     missing = sorted(report["missing_keys"]) + sorted(key[0] for key in report.get("mismatched_keys") or [])
-    fresh = _fresh_modules(model)
+    renewed = _fresh_modules(model) if by_class is None else by_class(model)
+    fresh = sorted({*_fresh_modules(model), *renewed})
     if replace:
-        for name in fresh:
-            for module in model.get_submodule(name).modules():
-                if hasattr(module, "reset_parameters"):
-                    module.reset_parameters()
-        missing = [n for n, _ in model.named_parameters() if n.startswith(tuple(f"{m}." for m in fresh))]
+        if by_class is None or not report.get("mismatched_keys"):  # else transformers has begun them as is due
+            for name in renewed:
+                for module in model.get_submodule(name).modules():
+                    if hasattr(module, "reset_parameters"):
+                        module.reset_parameters()
+        missing = [n for n, _ in model.named_parameters() if n.startswith(tuple(f"{m}." for m in renewed))]
     absent = [key for key in missing if not key.startswith(tuple(f"{m}." for m in fresh)) and "pooler" not in key]
     if absent:
         raise IntegrityError(
@@ -279,8 +293,11 @@ def _key(label: str) -> str:
 
 def match_labels(data: list[str], model: list[str], what: str, replace: bool) -> tuple[list[str], list[int], bool]:
     """(the model's labels, data class -> model class, whether the head is to be replaced)."""
+    if data == model:
+        return model, list(range(len(data))), False
     position = {_key(name): i for i, name in enumerate(model)}
-    if len(position) == len(model) and all(_key(name) in position for name in data):
+    times = Counter(_key(name) for name in model)  # some name all that they do not use alike
+    if all(times[_key(name)] == 1 for name in data):
         return model, [position[_key(name)] for name in data], False
     generic = all(_key(name) == f"label {i}" for i, name in enumerate(model))
     if generic and len(model) == len(data) and not replace:
@@ -494,6 +511,22 @@ def load_image_processor(ref: Model, config: Any) -> Any:
     size = getattr(config, "image_size", None) or 224
     height, width = (size, size) if isinstance(size, int) else tuple(size)
     return ViTImageProcessor(**{"size": {"height": height, "width": width}, **(ref.processor_overrides or {})})
+
+
+def load_image_processor_by_kind(ref: Model, config: Any) -> Any:
+    """The model's image processor, or for a fresh model the one of its kind, which pipelines need; it resizes to the
+    model's size."""
+    import transformers
+    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES as KNOWN
+
+    known = KNOWN.get(config.model_type)
+    if ref.processor or ref.path or known is None or "/" in str(ref.config):
+        return load_image_processor(ref, config)
+    name = known["torchvision"] if isinstance(known, dict) else known[0] if isinstance(known, tuple) else known
+    size = getattr(config, "image_size", None) or 224
+    height, width = (size, size) if isinstance(size, int) else tuple(size)
+    own = {"size": {"height": height, "width": width}, "do_center_crop": False}
+    return getattr(transformers, name)(**{**own, **(ref.processor_overrides or {})})
 
 
 def tokenizer_signature(tokenizer: Any) -> dict[str, Any]:

@@ -158,8 +158,10 @@ def merge(method: MergeMethod, parents: Parents, base: Parents | None, folder: P
 
 
 def batch_statistics(model: nn.Module) -> list[nn.Module]:
-    """Modules that keep running statistics of batches, which weight averaging makes wrong."""
-    return [m for m in model.modules() if isinstance(getattr(m, "running_mean", None), torch.Tensor)]
+    """Modules that keep running statistics of batches, which weight averaging makes wrong; not those whose statistics
+    never move, as in backbones of detectors."""
+    kept = [m for m in model.modules() if isinstance(getattr(m, "running_mean", None), torch.Tensor)]
+    return [m for m in kept if hasattr(m, "reset_running_stats")]
 
 
 def reestimate(model: nn.Module, run_batches: Callable[[], Iterator[Any]], forward: Callable[[Any], Any]) -> int:

@@ -1,4 +1,5 @@
-"""Metrics as `evaluate.Metric` classes of our own over scikit-learn, sacreBLEU and rouge_score: they need no network.
+"""Metrics as `evaluate.Metric` classes of our own over scikit-learn, seqeval, sacreBLEU, rouge_score and torchmetrics:
+they need no network.
 
 Any other metric is loaded by its Hub name through `evaluate.load`.
 
@@ -7,8 +8,10 @@ Shapes: N examples, K counts of each.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
+import io
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -188,6 +191,69 @@ class Rouge(_TextMetric):
 
     def score(self, sums_K: np.ndarray) -> float:
         return float(sums_K[0] / sums_K[1]) if sums_K[1] else 0.0
+
+
+class BoxPrecision(evaluate.Metric):
+    """COCO's mean average precision and recall of boxes (Lin et al. 2014, Microsoft COCO, arXiv:1405.0312) by
+    torchmetrics over pycocotools, in [0, 1]. Boxes are (left, top, right, bottom)."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        boxes, numbers = datasets.List(datasets.List(datasets.Value("float64"))), datasets.List(datasets.Value("int64"))
+        truth = {"boxes": boxes, "labels": numbers}
+        said = {**truth, "scores": datasets.List(datasets.Value("float64"))}
+        features = datasets.Features({"predictions": said, "references": truth})
+        return evaluate.MetricInfo(
+            description=type(self).__doc__ or "", citation="", inputs_description="boxes of images", features=features
+        )
+
+    def _compute(self, predictions: Any, references: Any, **kwargs: Any) -> dict[str, Any]:
+        metric = detection_metric()
+        metric.update([_tensors(row) for row in predictions], [_tensors(row) for row in references])
+        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools tells of its progress
+            found = metric.compute()
+        return {key: value.tolist() for key, value in found.items()}
+
+
+def _tensors(row: dict[str, Any]) -> dict[str, Any]:
+    import torch
+
+    kinds = {"boxes": torch.float64, "scores": torch.float64, "labels": torch.int64}
+    found = {key: torch.tensor(value, dtype=kinds[key]) for key, value in row.items()}
+    return {**found, "boxes": found["boxes"].reshape(-1, 4)}
+
+
+def detection_metric() -> Any:
+    """The library's metric, with COCO's thresholds. Raises `RecipeError` where it is not installed."""
+    from kt_hf.functional.detection import RECALLS, THRESHOLDS
+
+    lacking = [name for name in ("torchmetrics", "pycocotools") if importlib.util.find_spec(name) is None]
+    if lacking:
+        raise RecipeError(
+            f"detections are measured by {' and '.join(lacking)}, which is not installed",
+            "pip install 'kt_hf[detection]'",
+        )
+    from torchmetrics.detection import MeanAveragePrecision
+
+    levels = {"iou_thresholds": THRESHOLDS.tolist(), "rec_thresholds": RECALLS.tolist()}
+    # by itself it would gather from all processes, of which each has all rows, and reports are the first one's alone
+    return MeanAveragePrecision(class_metrics=True, sync_on_compute=False, **levels)
+
+
+def of_boxes(rows: Sequence[Any]) -> tuple[dict[str, float], dict[int, float]]:
+    """(figures by name, average precision by class that there is) of rows with scores, classes and boxes, and
+    true_classes and true_boxes."""
+    said = [{"boxes": r.boxes.tolist(), "scores": r.scores.tolist(), "labels": r.classes.tolist()} for r in rows]
+    true = [{"boxes": r.true_boxes.tolist(), "labels": r.true_classes.tolist()} for r in rows]
+    found = BoxPrecision(keep_in_memory=True).compute(predictions=said, references=true) or {}
+    names = {
+        "mean_average_precision": "map",
+        "average_precision_50": "map_50",
+        "average_precision_75": "map_75",
+        "mean_average_recall": "mar_100",
+    }
+    classes, values = (v if isinstance(v, list) else [v] for v in (found["classes"], found["map_per_class"]))
+    by_class = {int(c): float(v) for c, v in zip(classes, values, strict=True) if v >= 0}
+    return {name: float(found[key]) for name, key in names.items()}, by_class
 
 
 OWN: dict[str, type[evaluate.Metric]] = {

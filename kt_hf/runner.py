@@ -24,6 +24,7 @@ from kt_hf.errors import Collector, RecipeError
 from kt_hf.loading import local
 from kt_hf.recipe import Data, Ensemble, Evaluate, Merge, Model, Recipe, Stage, Train
 from kt_hf.roles import fitting_tasks
+from kt_hf.task import Task
 
 logger = logging.getLogger(__name__)
 
@@ -290,6 +291,11 @@ def plan(context: Context, collect: Collector) -> None:
                 if stage.training.learning_rate == "auto":
                     range_test.num_steps(_steps(context, stage))
                 context.setups[stage.name] = skeleton.plan_setup(context, stage)
+            if isinstance(stage, Ensemble) and type(context.task(stage)).from_scores is Task.from_scores:
+                raise RecipeError(
+                    f"stages.{stage.name}: {type(context.task(stage)).__name__} has no output ensembles",
+                    "merge in weight space instead",
+                )
             if isinstance(stage, Evaluate) and stage.model is not None and stage.model.path is None:
                 raise RecipeError(
                     f"stages.{stage.name}: a fresh model has learned nothing", "give model=DIR_OR_HUB_ID or @stage"

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from kt_hf.recipe import Model
 
 Batch = dict[str, Any]
+Part = tuple[torch.Tensor, torch.Tensor | None, str]
+"""A part of a loss: values, weight, unit."""
 FILL = -100
 """What fills predictions with two dimensions where a batch's are narrower than the widest."""
 FACTS = "kt_hf.json"
@@ -196,10 +198,9 @@ class Task:
         """Run the model without labels."""
         raise NotImplementedError
 
-    def loss(
-        self, outputs: Any, batch: Batch, label_smoothing: float = 0.0
-    ) -> tuple[torch.Tensor, torch.Tensor | None, str]:
-        """(values, weight, unit), unreduced, in float32."""
+    def loss(self, outputs: Any, batch: Batch, label_smoothing: float = 0.0) -> Part | list[Part]:
+        """(values, weight, unit), unreduced, in float32; or several of these, each a mean by its own unit, which are
+        added."""
         raise NotImplementedError
 
     def units(self, batch: Batch) -> dict[str, int | torch.Tensor]:

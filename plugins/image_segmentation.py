@@ -106,7 +106,7 @@ class ImageSegmentation(Task):
                 "name them: task.image-segmentation.classes=[sky, road, ...]",
             )
         loaded = loading.load_model(AutoModelForSemanticSegmentation, ref, names)
-        loaded.processor = load_processor(ref, loaded.model.config)
+        loaded.processor = loading.load_image_processor_by_kind(ref, loaded.model.config)
         if getattr(loaded.processor, "do_center_crop", False):
             raise RecipeError(
                 "the model's image processor crops, and masks would not fit",
@@ -291,21 +291,6 @@ class ImageSegmentation(Task):
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------
-
-
-def load_processor(ref: Any, config: Any) -> Any:
-    """The model's image processor, or for a fresh model the one of its kind, which pipelines need."""
-    import transformers
-    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES as KNOWN
-
-    known = KNOWN.get(config.model_type)
-    if ref.processor or ref.path or known is None or "/" in str(ref.config):
-        return loading.load_image_processor(ref, config)
-    name = known["torchvision"] if isinstance(known, dict) else known[0] if isinstance(known, tuple) else known
-    size = getattr(config, "image_size", None) or 224
-    height, width = (size, size) if isinstance(size, int) else tuple(size)
-    own = {"size": {"height": height, "width": width}, "do_center_crop": False}
-    return getattr(transformers, name)(**{**own, **(ref.processor_overrides or {})})
 
 
 def together(augment: Any, picture: Image.Image, mask_HW: np.ndarray) -> tuple[Image.Image, np.ndarray]:

@@ -300,10 +300,11 @@ def test_every_strategy_and_two_ranks(folder: Path, tmp_path: Path) -> None:
     assert one["metrics"]["pearson"]["value"] == pytest.approx(
         report["frozen"]["metrics"]["pearson"]["value"], abs=1e-5
     )
+    taught = Train("taught", strategies=[{"distill": {"teacher": f"{trained}/model"}}], **{"model": model()})
     refused = [
-        [Train("taught", strategies=[{"distill": {"teacher": f"{trained}/model"}}], **{"model": model()})],
-        [Ensemble("together", "mean", models=[f"{trained}/model"] * 2)],
+        ([taught], "has no scores over classes"),
+        ([Ensemble("together", "mean", models=[f"{trained}/model"] * 2)], "has no output ensembles"),
     ]
-    for i, stages in enumerate(refused):
-        with pytest.raises(RecipeError, match="has no scores over classes"):
+    for i, (stages, message) in enumerate(refused):
+        with pytest.raises(RecipeError, match=message):
             run(Recipe(stages, **given), tmp_path / f"refused{i}")

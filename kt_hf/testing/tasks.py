@@ -15,7 +15,7 @@ from kt_hf import evaluation
 from kt_hf.bundle import Bundle
 from kt_hf.errors import KtError
 from kt_hf.recipe import Model
-from kt_hf.task import Loaded
+from kt_hf.task import Loaded, Part
 from kt_hf.testing import exports
 from kt_hf.testing.bench import Bench, cpu_accelerator
 from kt_hf.testing.plugin import Case
@@ -62,20 +62,45 @@ def makes_batches(case: TaskCase) -> None:
 
 @rule("task", "loss-is-unreduced", needs=("makes-batches",))
 def loss_is_unreduced(case: TaskCase) -> None:
-    """`loss` gives one finite value per unit that `units` counts, in float32, with a gradient."""
+    """`loss` gives one finite value per unit that `units` counts, in float32, with a gradient; of several parts, each
+    adds up over the halves of a batch."""
     task = case.bench.task
     if not task.has_loss:
         raise NotApplicable("it has no loss of its own")
-    values, weight, unit = task.loss(task.forward(case.loaded.model, case.batch), case.batch)
-    units = task.units(case.batch)
-    demand(unit in units, f"the loss is per {unit}, which `units` does not count")
-    counted = float(weight.sum()) if weight is not None else float(values.numel())
+    parts, units = _parts(case, case.batch), task.units(case.batch)
+    for values, _, unit in parts:
+        demand(unit in units, f"the loss is per {unit}, which `units` does not count")
+        finite = bool(values.isfinite().all())
+        demand(values.dtype == torch.float32 and finite, f"losses are {values.dtype} or not finite")
+        demand(values.dim() >= 1 and values.requires_grad, "the loss is reduced, or has no gradient")
+    if len(parts) == 1:
+        values, weight, unit = parts[0]
+        counted = float(weight.sum()) if weight is not None else float(values.numel())
+        demand(counted == float(units[unit]), f"the loss counts {counted:g} {unit}s, `units` {float(units[unit]):g}")
+        return
+    rows = len(case.batch["index"])
+    halves = [task.part(case.batch, *ends) for ends in ((0, rows // 2), (rows // 2, rows))]
     demand(
-        values.dim() >= 1 and counted == float(units[unit]),
-        f"the loss counts {counted:g} {unit}s, `units` {float(units[unit]):g}",
+        all(float(units[u]) == sum(float(task.units(half)[u]) for half in halves) for u in units),
+        f"`units` of two halves do not add up to {units}",
     )
-    demand(values.dtype == torch.float32 and bool(values.isfinite().all()), f"losses are {values.dtype} or not finite")
-    demand(values.requires_grad, "the loss has no gradient")
+    sums = [torch.stack([_total(part) for part in _parts(case, half)]) for half in halves]
+    whole = torch.stack([_total(part) for part in parts])
+    demand(
+        torch.allclose(whole, sums[0] + sums[1], rtol=1e-4, atol=1e-5),
+        f"the parts of the loss are {whole.tolist()} of a batch, {(sums[0] + sums[1]).tolist()} of its halves",
+    )
+
+
+def _parts(case: TaskCase, batch: dict[str, Any]) -> list[Part]:
+    task = case.bench.task
+    found = task.loss(task.forward(case.loaded.model, batch), batch)
+    return found if isinstance(found, list) else [found]
+
+
+def _total(part: Part) -> torch.Tensor:
+    values, weight, _ = part
+    return (values if weight is None else values * weight).sum().detach()
 
 
 @rule("task", "scores-fit-weights", needs=("makes-batches",))
