@@ -44,7 +44,15 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     one = add("predict", "predict with a model or an ensemble")
     one.add_argument("model", metavar="MODEL", help="folder or Hub id")
     one.add_argument("inputs", nargs="+", metavar="INPUT", help="a text, an image file, a data file or a folder")
-    one.add_argument("--task", help="default: as the model's configuration says")
+    one.add_argument("--task", help="default: as the model's files say")
+    one.add_argument(
+        "--set",
+        dest="settings",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a setting of the data or the task, such as data.columns.text=sentence; default: as in training",
+    )
     one.add_argument("--labels", metavar="A,B,...", help="class names, for models that are told what to look for")
     one.add_argument(
         "--split",
@@ -59,7 +67,7 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     one.add_argument(
         "settings", nargs="*", metavar="data.KEY=VALUE", help="settings of the data, such as data.columns.text=sentence"
     )
-    one.add_argument("--task", help="default: as the model's configuration says")
+    one.add_argument("--task", help="default: as the model's files say")
     one.add_argument("--output", metavar="FILE", help="also write the figures as JSON")
     one = add("push", "publish a stage's model to the Hub")
     one.add_argument("folder", metavar="STAGE_DIR", help="a stage's folder, or its model/ folder")
@@ -240,6 +248,7 @@ def predict(options: argparse.Namespace) -> int:
         labels=labels,
         split=options.split,
         max_new_tokens=options.max_new_tokens,
+        settings=options.settings,
     )
     if options.output:
         inference.write(table, options.output)

@@ -22,7 +22,7 @@ from kt_hf import ensembling, evaluation, launch, loading, registry, stages
 from kt_hf import recipe as grammar
 from kt_hf.bundle import Bundle
 from kt_hf.data import DataInfo, prepare, read
-from kt_hf.errors import Collector, DataError, RecipeError, nearest
+from kt_hf.errors import Collector, DataError, IntegrityError, RecipeError, nearest
 from kt_hf.functional import statistics
 from kt_hf.reading import in_memory
 from kt_hf.recipe import Data, Model
@@ -81,7 +81,9 @@ def _settle_model(model: str) -> str:
 
 def infer_task(model: str) -> str | None:
     """The task that a model's own files name; None where they name none that is known."""
-    folder = Path(model)
+    folder, told = Path(model), recorded(model).get("task")
+    if told in registry.names("task"):
+        return str(told)
     if ensembling.is_ensemble(folder):
         wanted = ensembling.describe(folder)["task"]
         known = {e.target.rpartition(":")[2]: e.name for (kind, _), e in registry.entries().items() if kind == "task"}
@@ -101,6 +103,26 @@ def infer_task(model: str) -> str | None:
     return min(fitting, key=lambda name: len(fitting[name]), default=None)  # the most special one
 
 
+def recorded(model: str) -> dict[str, Any]:
+    """What a stage wrote beside the model that it made: `task`, `settings` of it, `labels` of an adapter."""
+    folder = Path(model)
+    if ensembling.is_ensemble(folder):
+        folder = ensembling.members(folder)[0][0]
+    if not (folder / FACTS).is_file():
+        return {}
+    try:
+        found = json.loads((folder / FACTS).read_text())
+    except ValueError as error:
+        raise IntegrityError(f"{folder / FACTS} cannot be read: {error}", "remove it, or fetch it again") from error
+    return found if isinstance(found, dict) else {}
+
+
+def trained_with(model: str, task: str) -> dict[str, Any]:
+    """Settings of the task that the model was made with, as far as its folder tells them."""
+    found = recorded(model)
+    return dict(found.get("settings") or {}) if found.get("task") == task else {}
+
+
 def _tasks() -> dict[str, type[Task]]:
     """The tasks that can be imported."""
     found: dict[str, type[Task]] = {}
@@ -118,8 +140,7 @@ def model_labels(model: str) -> list[str] | None:
     if ensembling.is_ensemble(folder):
         return model_labels(str(ensembling.members(folder)[0][0]))
     if (folder / loading.ADAPTER).is_file():
-        facts = json.loads((folder / FACTS).read_text()) if (folder / FACTS).is_file() else {}
-        return facts.get("labels")
+        return recorded(model).get("labels")
     if (folder / "open_clip_config.json").is_file():
         return None
     return loading.list_labels(loading.config_of(Model(path=model)))
@@ -157,10 +178,12 @@ def predict(
     labels: list[str] | None = None,
     split: str | None = None,
     max_new_tokens: int = 64,
+    settings: Sequence[str] = (),
 ) -> Table:
     """A row for each input: texts and image files are one row, data files and folders as many as they have.
 
-    What comes besides `prediction` is the task's to say (`Task.answer`).
+    What comes besides `prediction` is the task's to say (`Task.answer`). settings: `data.columns.ROLE=COLUMN` or
+    `task.NAME.KEY=VALUE`; the task's are those that the model was trained with, where its folder tells them.
     """
     model = _settle_model(model)
     name = task or infer_task(model)
@@ -169,8 +192,9 @@ def predict(
             f"the files of '{model}' do not say for which task it is",
             f"set --task, one of {', '.join(registry.names('task'))}",
         )
-    settled: Task = registry.load("task", name)()
-    rows, roles, shown = read_inputs(inputs, settled, split)
+    stage, checked = _stage(model, "inputs", settings, {name: trained_with(model, name)})
+    settled: Task = stages.build("task", stage.task, stage, checked)
+    rows, roles, shown = read_inputs(inputs, settled, split, stage.data[1].columns)
     if settled.classes_from == "user" and not labels:
         raise RecipeError("this model has to be told what to look for", "name the classes: --labels cat,dog,owl")
     if settled.classes_from != "user" and labels:
@@ -181,7 +205,7 @@ def predict(
 
 
 def read_inputs(
-    inputs: Sequence[str], task: Task, split: str | None
+    inputs: Sequence[str], task: Task, split: str | None, columns: dict[str, str] | None = None
 ) -> tuple[datasets.Dataset, dict[str, str], list[str]]:
     """(rows with the task's role columns and `index`, role -> column, what is shown of each row)."""
     tables = [item for item in inputs if Path(item).suffix.lower() in TABLES or os.path.isdir(item)]
@@ -192,18 +216,18 @@ def read_inputs(
     if tables and len(inputs) > 1:
         raise DataError(f"'{tables[0]}' and other inputs are given", "predict on one data file or folder at a time")
     rows = _table(tables[0], split) if tables else _single(inputs, task)
-    roles = find_roles(rows.features, given_roles(task), strict=True)
+    roles = find_roles(rows.features, given_roles(task), columns)
     if not roles:
         raise DataError(
             f"no column of {', '.join(rows.column_names)} is an input of {type(task).__name__}",
             "rename the column that is",
         )
-    columns: dict[str, str] = {column: role for role, column in roles.items()}
-    rows = rows.select_columns(list(columns))
-    for column in columns:
+    by_column: dict[str, str] = {column: role for role, column in roles.items()}
+    rows = rows.select_columns(list(by_column))
+    for column in by_column:
         if isinstance(rows.features[column], datasets.Audio):
             rows = rows.cast_column(column, datasets.Audio(decode=False))
-    rows = rows.rename_columns({c: f"__{r}" for c, r in columns.items()}).rename_columns({f"__{r}": r for r in roles})
+    rows = rows.rename_columns({c: f"__{r}" for c, r in by_column.items()}).rename_columns({f"__{r}": r for r in roles})
     shown = list(inputs) if not tables else [f"{Path(tables[0]).name}[{i}]" for i in range(len(rows))]
     text = next((role for role in roles if kinds(rows.features[role])[:1] == ("string",)), None)
     if tables and text is not None and not set(MEDIA) & set(roles):
@@ -262,7 +286,8 @@ def evaluate(model: str, data: str, settings: Sequence[str] = (), *, task: str |
     Intervals are 95 %, over examples. settings: `data.KEY=VALUE`, as for a recipe.
     """
     model = _settle_model(model)
-    stage, checked = _stage(model, data, settings, task)
+    known = task or recorded(model).get("task")
+    stage, checked = _stage(model, data, settings, {known: trained_with(model, known)} if known else None)
     name = grammar.named(stage.task)[0] if stage.task else infer_task(model)
     if name is None:
         fitting = fitting_tasks(next(iter(read(stage.data[1]).values())).features, stage.data[1].columns)
@@ -300,7 +325,7 @@ def evaluate(model: str, data: str, settings: Sequence[str] = (), *, task: str |
 
 
 def _stage(
-    model: str, data: str, settings: Sequence[str], task: str | None
+    model: str, data: str, settings: Sequence[str], task: str | dict[str, Any] | None
 ) -> tuple[Any, dict[tuple[str, str], dict[str, Any]]]:
     """An evaluate stage, checked as a recipe's would be."""
     raw = grammar.normalise(

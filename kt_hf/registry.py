@@ -133,6 +133,12 @@ def names(kind: str) -> list[str]:
     return sorted(name for k, name in entries() if k == kind)
 
 
+def name_of(kind: str, cls: type) -> str:
+    """The name under which a class is registered; its own where it is not."""
+    found = entries().items()
+    return next((n for (k, n), e in found if k == kind and e.target.endswith(f":{cls.__name__}")), cls.__name__)
+
+
 def find(kind: str, name: str) -> Entry:
     """The entry of that name. Raises `RecipeError` with the nearest name."""
     entry = entries().get((kind, name))

@@ -65,7 +65,7 @@ def stage_evidence(context: Context, stage: Stage, results: list[dict[str, Any]]
     return StageEvidence(
         name=stage.name,
         kind=stage.verb,
-        task=_task_name(task),
+        task=registry.name_of("task", type(task)),
         data={
             "name": info.name,
             "path": info.path,
@@ -87,17 +87,6 @@ def stage_evidence(context: Context, stage: Stage, results: list[dict[str, Any]]
         },
         validation_uses=_validation_uses(context, stage),
         settings=_settings(context, stage),
-    )
-
-
-def _task_name(task: Any) -> str:
-    return next(
-        (
-            name
-            for (kind, name), entry in registry.entries().items()
-            if kind == "task" and entry.target.endswith(f":{type(task).__name__}")
-        ),
-        type(task).__name__,
     )
 
 

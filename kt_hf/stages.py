@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import resource
 import shutil
 import time
@@ -24,7 +26,7 @@ from kt_hf.feed import training_rows
 from kt_hf.loader import Plan, Rows, Windows, load_batches
 from kt_hf.loading import local
 from kt_hf.recipe import Ensemble, Evaluate, Merge, Model, Stage, Train, Training
-from kt_hf.task import Loaded, Scores
+from kt_hf.task import FACTS, Loaded, Scores
 from kt_hf.tracking import tracking
 
 if TYPE_CHECKING:
@@ -114,7 +116,7 @@ def _train(context: Context, stage: Train, seed: int, folder: Path) -> dict[str,
         result = _train_once(context, stage, seed, folder, rate)
     loaded, task = result.loaded, context.task(stage)
     if context.accelerator.is_main_process:
-        save_model(task, loaded, folder / "model")
+        save_model(task, loaded, folder / "model", described(context, stage))
         shutil.rmtree(folder / "trials", ignore_errors=True)
     facts = measured(context, stage, loaded, folder, loaded.model)
     facts["cost"] = {**result.cost, **facts["cost"]}
@@ -303,7 +305,7 @@ def _merge(context: Context, stage: Merge, seed: int, folder: Path) -> dict[str,
     if statistics:
         _refresh_statistics(context, stage, loaded)
         if accelerator.is_main_process:
-            save_model(task, loaded, folder / "model")
+            save_model(task, loaded, folder / "model", described(context, stage))
     seconds = time.perf_counter() - started
     facts = measured(context, stage, loaded, folder, loaded.model)
     total = sum(p.numel() for p in loaded.model.parameters())
@@ -435,13 +437,28 @@ def _refuse_untrained_head(where: str, task: Any, loaded: Loaded) -> None:
 # ----------------------------------------------------------------------------------------------
 
 
-def save_model(task: Any, loaded: Loaded, folder: Path) -> None:
-    """Write the model's folder as `task.save` says, staged, so that it is there as a whole or not at all."""
+def described(context: Context, stage: Stage) -> dict[str, Any]:
+    """What a model's folder tells of its task, so that `kt-hf predict` and `evaluate` do as the stage did: its name and
+    settings, but for defaults and for paths, which are of this machine alone."""
+    if stage.task is None:
+        return {"task": registry.name_of("task", type(context.task(stage)))}
+    name, given = grammar.named(stage.task)
+    given = context.settings.get((stage.name, f"task:{name}"), given)
+    defaults = {key: p.default for key, (_, p) in grammar.settings.parameters(registry.load("task", name)).items()}
+    kept = {k: v for k, v in given.items() if v != defaults[k] and not (isinstance(v, str) and os.path.exists(v))}
+    return {"task": name, **({"settings": kept} if kept else {})}
+
+
+def save_model(task: Any, loaded: Loaded, folder: Path, facts: dict[str, Any]) -> None:
+    """Write the model's folder as `task.save` says, staged, so that it is there as a whole or not at all. facts: of
+    the task, beside those that it writes itself."""
     staged = folder.with_name(f".{folder.name}.partial")
     with checkpoint.disk(folder):
         shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir(parents=True)
         task.save(loaded, staged)
+        own = json.loads((staged / FACTS).read_text()) if (staged / FACTS).is_file() else {}
+        (staged / FACTS).write_text(json.dumps({**own, **facts}, indent=1))
         shutil.rmtree(folder, ignore_errors=True)
         staged.rename(folder)
 

@@ -12,8 +12,9 @@ import torch
 from datasets import Dataset, load_dataset
 from safetensors.torch import load_file, save_file
 
-from kt_hf import ensembling, inference, registry
+from kt_hf import Merge, Recipe, Train, ensembling, inference, registry, run
 from kt_hf.errors import DataError, RecipeError
+from kt_hf.task import FACTS
 from kt_hf.testing.bench import LABELS, Bench
 
 
@@ -159,3 +160,46 @@ def test_inputs_that_cannot_be_right(made: Path):
         inference.predict(folder, [str(made / "0.png")], labels=["a", "b"])
     with pytest.raises(RecipeError, match=r"no config\.json"):
         inference.predict(str(made), [str(made / "0.png")])
+
+
+# --- as in training --------------------------------------------------------------------------------------------------
+
+
+def test_the_settings_of_training_are_those_of_prediction(tmp_path):
+    """They stand in the model's folder, are its soup's, too, and can be changed; paths do not stand there."""
+    bench = Bench("question-answering", tmp_path / "bench")
+    for split, rows in bench.info.splits.items():
+        (tmp_path / "data").mkdir(exist_ok=True)
+        rows.remove_columns("index").to_parquet(tmp_path / "data" / f"{split}.parquet")
+    given = {"max_length": 20, "doc_stride": 3, "max_question_length": 9, "max_answer_length": 1}
+    recipe = Recipe(
+        [
+            Train("a", model=bench.saved("start"), seeds=2, training={"max_steps": 2, "eval_steps": 0}),
+            Merge("soup", "uniform_soup", models=["@a"]),
+        ],
+        task={"question-answering": given},
+        data=str(tmp_path / "data"),
+    )
+    reported = run(recipe, tmp_path / "out")["stages"]
+    name = "task.question-answering"
+    for stage in reported:
+        model = tmp_path / "out" / stage["name"]
+        assert json.loads((model / "model" / FACTS).read_text()) == {"task": "question-answering", "settings": given}
+        seeds = stage["metrics"]["f1"]["per_seed"]
+        found = inference.evaluate(str(model), str(tmp_path / "data"))["metrics"]["f1"]["value"]
+        assert found == pytest.approx(seeds[0])
+    one = inference.predict(str(model), [str(tmp_path / "data")])["prediction"]
+    other = inference.predict(str(model), [str(tmp_path / "data")], settings=[f"{name}.max_answer_length=5"])
+    assert all(len(text.split()) <= 1 for text in one) and any(len(text.split()) > 1 for text in other["prediction"])
+    with pytest.raises(RecipeError, match="max_answer_length: got 'x'"):
+        inference.predict(str(model), [str(tmp_path / "data")], settings=[f"{name}.max_answer_length=x"])
+
+
+def test_columns_of_new_rows_can_be_named(tmp_path):
+    rows = Dataset.from_dict({"body": ["circle old", "star new"], "title": ["a", "b"]})
+    rows.to_parquet(tmp_path / "new.parquet")
+    model = Bench("text-classification", tmp_path / "bench").saved("start")
+    with pytest.raises(RecipeError, match=r"several columns could be|no column"):
+        inference.predict(model, [str(tmp_path / "new.parquet")])
+    found = inference.predict(model, [str(tmp_path / "new.parquet")], settings=["data.columns.text=body"])
+    assert found["prediction"] == inference.predict(model, ["circle old", "star new"])["prediction"]
