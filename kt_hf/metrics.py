@@ -1,4 +1,4 @@
-"""Metrics as `evaluate.Metric` classes of our own over scikit-learn, seqeval, sacreBLEU, rouge_score and torchmetrics:
+"""Metrics as `evaluate.Metric` classes of our own over scikit-learn, seqeval, sacreBLEU, rouge_score and pycocotools:
 they need no network.
 
 Any other metric is loaded by its Hub name through `evaluate.load`.
@@ -21,6 +21,7 @@ import evaluate
 import numpy as np
 
 from kt_hf.errors import HubError, RecipeError
+from kt_hf.functional import detection
 
 logging.getLogger("evaluate").setLevel(logging.ERROR)
 
@@ -195,7 +196,8 @@ class Rouge(_TextMetric):
 
 class BoxPrecision(evaluate.Metric):
     """COCO's mean average precision and recall of boxes (Lin et al. 2014, Microsoft COCO, arXiv:1405.0312) by
-    torchmetrics over pycocotools, in [0, 1]. Boxes are (left, top, right, bottom)."""
+    pycocotools, in [0, 1], in two steps: what is found in every image, and figures of all. Boxes are (left, top, right,
+    bottom); labels count classes."""
 
     def _info(self) -> evaluate.MetricInfo:
         boxes, numbers = datasets.List(datasets.List(datasets.Value("float64"))), datasets.List(datasets.Value("int64"))
@@ -207,53 +209,69 @@ class BoxPrecision(evaluate.Metric):
         )
 
     def _compute(self, predictions: Any, references: Any, **kwargs: Any) -> dict[str, Any]:
-        metric = detection_metric()
-        metric.update([_tensors(row) for row in predictions], [_tensors(row) for row in references])
-        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools tells of its progress
-            found = metric.compute()
-        return {key: value.tolist() for key, value in found.items()}
+        return self.figures(self.judge(predictions, references))
+
+    def judge(self, predictions: Sequence[dict[str, Any]], references: Sequence[dict[str, Any]]) -> Any:
+        """The library's `COCOeval` with what is found in every image, for the classes that there are. Raises
+        `RecipeError` where it is not installed."""
+        if importlib.util.find_spec("pycocotools") is None:
+            raise RecipeError(
+                "detections are measured by pycocotools, which is not installed", "pip install 'kt_hf[detection]'"
+            )
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+
+        classes = sorted({int(label) for row in references for label in row["labels"]})
+        with contextlib.redirect_stdout(io.StringIO()):  # it tells of its progress
+            pair = []
+            for rows in (references, predictions):
+                coco = COCO()
+                coco.dataset = {
+                    "images": [{"id": i} for i in range(len(rows))],
+                    "categories": [{"id": c} for c in classes],
+                    "annotations": _annotations(rows),
+                }
+                coco.createIndex()
+                pair.append(coco)
+            judge = COCOeval(*pair, "bbox")
+            judge.params.areaRng, judge.params.areaRngLbl, judge.params.maxDets = [[0, 1e10]], ["all"], [100]
+            judge.evaluate()
+            judge.accumulate()
+        return judge
+
+    def figures(self, judge: Any) -> dict[str, Any]:
+        """The metrics by name, and `by_class`: the average precision of every class."""
+        precision_TRC, recall_TC = judge.eval["precision"][..., 0, 0], judge.eval["recall"][..., 0, 0]
+        return {
+            "mean_average_precision": float(precision_TRC.mean()),
+            "average_precision_50": float(precision_TRC[0].mean()),
+            "average_precision_75": float(precision_TRC[5].mean()),
+            "mean_average_recall": float(recall_TC.mean()),
+            "by_class": {c: float(precision_TRC[..., i].mean()) for i, c in enumerate(judge.params.catIds)},
+        }
+
+    def rankings(self, judge: Any) -> list[detection.Ranking]:
+        """Of every class what is found, for figures of drawn images."""
+        images = len(judge.params.imgIds)
+        rankings = []
+        for i in range(len(judge.params.catIds)):
+            found = judge.evalImgs[i * images : (i + 1) * images]  # None: neither a box nor a detection of the class
+            scores = [np.asarray(one["dtScores"] if one else (), dtype=np.float64) for one in found]
+            hits = [one["dtMatches"] > 0 if one else np.zeros((10, 0), bool) for one in found]
+            rankings.append(detection.rank(scores, hits, np.array([len(one["gtIds"]) if one else 0 for one in found])))
+        return rankings
 
 
-def _tensors(row: dict[str, Any]) -> dict[str, Any]:
-    import torch
-
-    kinds = {"boxes": torch.float64, "scores": torch.float64, "labels": torch.int64}
-    found = {key: torch.tensor(value, dtype=kinds[key]) for key, value in row.items()}
-    return {**found, "boxes": found["boxes"].reshape(-1, 4)}
-
-
-def detection_metric() -> Any:
-    """The library's metric, with COCO's thresholds. Raises `RecipeError` where it is not installed."""
-    from kt_hf.functional.detection import RECALLS, THRESHOLDS
-
-    lacking = [name for name in ("torchmetrics", "pycocotools") if importlib.util.find_spec(name) is None]
-    if lacking:
-        raise RecipeError(
-            f"detections are measured by {' and '.join(lacking)}, which is not installed",
-            "pip install 'kt_hf[detection]'",
-        )
-    from torchmetrics.detection import MeanAveragePrecision
-
-    levels = {"iou_thresholds": THRESHOLDS.tolist(), "rec_thresholds": RECALLS.tolist()}
-    # by itself it would gather from all processes, of which each has all rows, and reports are the first one's alone
-    return MeanAveragePrecision(class_metrics=True, sync_on_compute=False, **levels)
-
-
-def of_boxes(rows: Sequence[Any]) -> tuple[dict[str, float], dict[int, float]]:
-    """(figures by name, average precision by class that there is) of rows with scores, classes and boxes, and
-    true_classes and true_boxes."""
-    said = [{"boxes": r.boxes.tolist(), "scores": r.scores.tolist(), "labels": r.classes.tolist()} for r in rows]
-    true = [{"boxes": r.true_boxes.tolist(), "labels": r.true_classes.tolist()} for r in rows]
-    found = BoxPrecision(keep_in_memory=True).compute(predictions=said, references=true) or {}
-    names = {
-        "mean_average_precision": "map",
-        "average_precision_50": "map_50",
-        "average_precision_75": "map_75",
-        "mean_average_recall": "mar_100",
-    }
-    classes, values = (v if isinstance(v, list) else [v] for v in (found["classes"], found["map_per_class"]))
-    by_class = {int(c): float(v) for c, v in zip(classes, values, strict=True) if v >= 0}
-    return {name: float(found[key]) for name, key in names.items()}, by_class
+def _annotations(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for i, row in enumerate(rows):
+        scores = row.get("scores", [None] * len(row["labels"]))
+        for box, label, score in zip(row["boxes"], row["labels"], scores, strict=True):
+            left, top, right, bottom = (float(x) for x in box)
+            sides = {"bbox": [left, top, right - left, bottom - top], "area": (right - left) * (bottom - top)}
+            one = {"id": len(found) + 1, "image_id": i, "category_id": int(label), "iscrowd": 0, **sides}
+            found.append(one if score is None else {**one, "score": float(score)})
+    return found
 
 
 OWN: dict[str, type[evaluate.Metric]] = {

@@ -333,13 +333,15 @@ class ObjectDetection(Task):
         rows = list(unpack(predictions))
         if not any(len(row.true_classes) for row in rows):
             raise DataError("no image of these has a box", "look at the objects and at iscrowd")
-        figures, by_class = metrics.of_boxes(rows)
-        found = Scores({name: figures[name] for name in self.metrics})
-        for number, value in by_class.items():
+        metric = metrics.BoxPrecision(keep_in_memory=True)
+        judge = metric.judge(
+            [{"boxes": row.boxes, "labels": row.classes, "scores": row.scores} for row in rows],
+            [{"boxes": row.true_boxes, "labels": row.true_classes} for row in rows],
+        )
+        found, rankings = Scores(metric.figures(judge)), metric.rankings(judge)
+        for number, value in found.metrics.pop("by_class").items():  # type: ignore[attr-defined]
             found.metrics[f"average_precision_{(loaded.labels or [])[number]}"] = value
-        rankings = [ranking(rows, number) for number in by_class]
-        places = {"average_precision_50": [0], "average_precision_75": [5], "mean_average_precision": None}
-        for name, where in places.items():
+        for name, where in (("average_precision_50", [0]), ("average_precision_75", [5]), (self.metric, None)):
             found.statistics[name] = lambda w, at=where: detection.mean_average_precision(rankings, w, at)
         found.statistics["mean_average_recall"] = lambda w: detection.mean_recall(rankings, w)
         return found
@@ -606,14 +608,3 @@ def unpack(predictions: dict[str, np.ndarray]) -> Iterator[Row]:
             row.true_classes = predictions["true_classes"][i][real]
             row.true_boxes = predictions["true_boxes"][i].reshape(-1, 4)[real] * scale
         yield row
-
-
-def ranking(rows: Sequence[Row], number: int) -> detection.Ranking:
-    """What the detections of a class hit, over all images."""
-    scores, hits, counts = [], [], []
-    for row in rows:
-        own, true = row.classes == number, row.true_classes == number
-        scores.append(row.scores[own])
-        hits.append(detection.hits(detection.overlaps(row.boxes[own], row.true_boxes[true])))
-        counts.append(int(true.sum()))
-    return detection.rank(scores, hits, np.array(counts))

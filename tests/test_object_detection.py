@@ -121,29 +121,38 @@ def random_rows(seed: int, count: int = 12, num_classes: int = 4) -> list[Any]:
     return rows
 
 
-def rankings(rows: list[Any], num_classes: int = 4) -> list[Any]:
-    from kt_hf_plugins.object_detection import ranking
-
-    return [ranking(rows, c) for c in range(num_classes)]
+def judged(rows: list[Any]) -> tuple[dict[str, Any], list[Any]]:
+    """(figures, rankings) of all classes."""
+    metric = metrics.BoxPrecision(keep_in_memory=True)
+    judge = metric.judge(
+        [{"boxes": r.boxes, "labels": r.classes, "scores": r.scores} for r in rows],
+        [{"boxes": r.true_boxes, "labels": r.true_classes} for r in rows],
+    )
+    return metric.figures(judge), metric.rankings(judge)
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_the_metric_is_that_of_pycocotools(seed):
-    """By torchmetrics over pycocotools, and by pycocotools alone."""
+def test_weights_of_one_give_the_figures_of_pycocotools(seed):
     rows = random_rows(seed)
-    ranked, ones = rankings(rows), np.ones(len(rows))
-    found, by_class = metrics.of_boxes(rows)
+    (figures, ranked), ones = judged(rows), np.ones(len(rows))
+    by_class = figures.pop("by_class")
     ours = {
         "mean_average_precision": detection.mean_average_precision(ranked, ones),
         "average_precision_50": detection.mean_average_precision(ranked, ones, [0]),
         "average_precision_75": detection.mean_average_precision(ranked, ones, [5]),
         "mean_average_recall": detection.mean_recall(ranked, ones),
     }
-    assert ours == pytest.approx(found, abs=1e-6)
+    assert ours == pytest.approx(figures, abs=1e-9)
     assert 0.05 < ours["mean_average_precision"] < 0.95
-    single = {c: detection.average_precision(r, ones) for c, r in enumerate(ranked)}
-    assert {c: v.mean() for c, v in single.items() if v is not None} == pytest.approx(by_class, abs=1e-6)
-    assert coco(rows) == pytest.approx(list(ours.values()), abs=1e-6)
+    assert [detection.average_precision(r, ones).mean() for r in ranked] == pytest.approx(list(by_class.values()))
+    assert coco(rows) == pytest.approx(list(ours.values()), abs=1e-9)
+    lists = ("boxes", "classes", "scores", "true_boxes", "true_classes")
+    listed = [SimpleNamespace(**{name: getattr(row, name).tolist() for name in lists}) for row in rows]
+    again = metrics.BoxPrecision(keep_in_memory=True).compute(
+        predictions=[{"boxes": r.boxes, "labels": r.classes, "scores": r.scores} for r in listed],
+        references=[{"boxes": r.true_boxes, "labels": r.true_classes} for r in listed],
+    )
+    assert {name: again[name] for name in figures} == pytest.approx(figures)
 
 
 def coco(rows: list[Any]) -> list[float]:
@@ -189,9 +198,9 @@ def test_an_image_that_counts_twice_counts_as_two(seed):
     rows = random_rows(seed)
     weights = np.random.default_rng(seed).multinomial(len(rows), [1 / len(rows)] * len(rows)).astype(float)
     copies = [row for row, times in zip(rows, weights, strict=True) for _ in range(int(times))]
-    several, ones = rankings(copies), np.ones(len(copies))
+    once, several, ones = judged(rows)[1], judged(copies)[1], np.ones(len(copies))
     for statistic in (detection.mean_average_precision, detection.mean_recall):
-        assert statistic(rankings(rows), weights) == pytest.approx(statistic(several, ones), abs=1e-9)
+        assert statistic(once, weights) == pytest.approx(statistic(several, ones), abs=1e-9)
     assert (weights == 0).any() and (weights > 1).any()
 
 
@@ -199,8 +208,8 @@ def test_average_precision_by_hand():
     """Two true boxes, three detections: right, wrong, right. Precision is 1 up to half of recall, then 2 / 3."""
     true = np.array([[0, 0, 10, 10], [20, 20, 30, 30]], float)
     said = np.array([[0, 0, 10, 10], [50, 50, 60, 60], [20, 20, 30, 29]], float)
-    hit = detection.hits(detection.overlaps(said, true))
-    ranked = detection.rank([np.array([0.9, 0.8, 0.7])], [hit], np.array([2]))
+    kinds = {"true_classes": np.zeros(2, int), "classes": np.zeros(3, int), "scores": np.array([0.9, 0.8, 0.7])}
+    (ranked,) = judged([SimpleNamespace(true_boxes=true, boxes=said, **kinds)])[1]
     found = detection.average_precision(ranked, np.ones(1))
     assert found[0] == pytest.approx((51 * 1 + 50 * 2 / 3) / 101)  # 0.9 of the second overlap
     assert found[-1] == pytest.approx(51 / 101)
@@ -209,8 +218,8 @@ def test_average_precision_by_hand():
 
 def test_without_its_libraries_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(RecipeError, match="torchmetrics and pycocotools, which is not installed") as error:
-        metrics.detection_metric()
+    with pytest.raises(RecipeError, match="pycocotools, which is not installed") as error:
+        metrics.BoxPrecision(keep_in_memory=True).judge([], [])
     assert "kt_hf[detection]" in error.value.remedy
 
 
@@ -344,7 +353,7 @@ def test_what_a_recipe_measures_is_what_is_written(tmp_path):
         )
         for row in written
     ]
-    again = detection.mean_average_precision(rankings(rows, 3), np.ones(7))
+    again = judged(rows)[0]["mean_average_precision"]
     assert again == pytest.approx(figures["mean_average_precision"]["value"], abs=1e-6)
     saved = str(tmp_path / "out" / "one")
     shown = inference.evaluate(saved, str(path))["metrics"]["mean_average_precision"]

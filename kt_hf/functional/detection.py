@@ -1,11 +1,10 @@
 """Average precision of detected boxes as a function of how often every image counts, for resampling.
 
 As COCO's evaluation computes it: in every image the detections of a class, best first, take the free true box that
-they overlap most; over all images, ranked by score, that gives precision at 101 levels of recall. What overlaps what
-does not depend on which images were drawn, so it is settled once; a draw costs a sum over ranks.
+they overlap most; over all images, ranked by score, that gives precision at 101 levels of recall. What takes what does
+not depend on which images were drawn, so it is settled once; a draw costs a sum over ranks.
 
-Shapes: N images, D detections of a class (of one image, then of all), G true boxes of a class in an image, T thresholds
-of overlap, H detections that hit.
+Shapes: N images, D detections of a class (of one image, then of all), T thresholds of overlap, H detections that hit.
 """
 
 from __future__ import annotations
@@ -33,42 +32,18 @@ class Ranking:
     counts_N: np.ndarray
 
 
-def overlaps(boxes_D4: np.ndarray, truth_G4: np.ndarray) -> np.ndarray:
-    """Intersection over union, iou_DG, of boxes (left, top, right, bottom)."""
-    low = np.maximum(boxes_D4[:, None, :2], truth_G4[None, :, :2])
-    high = np.minimum(boxes_D4[:, None, 2:], truth_G4[None, :, 2:])
-    both_DG = (high - low).clip(min=0).prod(-1)
-    area_D, area_G = ((b[:, 2:] - b[:, :2]).prod(-1) for b in (boxes_D4, truth_G4))
-    return both_DG / np.maximum(area_D[:, None] + area_G[None] - both_DG, 1e-12)
-
-
-def hits(iou_DG: np.ndarray, thresholds_T: np.ndarray = THRESHOLDS) -> np.ndarray:
-    """hit_TD: whether each detection of an image, best first, takes a true box that none before it took.
-
-    Of boxes that overlap alike, the last is taken, as `pycocotools` does.
-    """
-    hit_TD = np.zeros((len(thresholds_T), len(iou_DG)), bool)
-    if not iou_DG.size:
-        return hit_TD
-    free_TG = np.ones((len(thresholds_T), iou_DG.shape[1]), bool)
-    least_T, every = np.minimum(thresholds_T, 1 - 1e-10), np.arange(len(thresholds_T))
-    for d in np.flatnonzero(iou_DG.max(1) >= least_T.min()):
-        open_TG = np.where(free_TG, iou_DG[d], -1.0)
-        best_T = open_TG.shape[1] - 1 - open_TG[:, ::-1].argmax(1)
-        hit_TD[:, d] = open_TG[every, best_T] >= least_T
-        free_TG[every, best_T] &= ~hit_TD[:, d]
-    return hit_TD
-
-
 def rank(
     scores: Sequence[np.ndarray], hits_N: Sequence[np.ndarray], counts_N: np.ndarray, num_thresholds: int = 10
 ) -> Ranking:
-    """One class in all images. scores: scores_D of every image, best first; hits_N: its hit_TD. Of equal scores those
-    of earlier images come first."""
+    """One class in all images. scores: scores_D of every image, best first; hits_N: its hit_TD, which of them took a
+    true box. Of equal scores those of earlier images come first."""
     scores_D = np.concatenate([np.zeros(0), *scores])
     order_D = np.argsort(-scores_D, kind="stable")
     images_D = np.repeat(np.arange(len(scores)), [len(s) for s in scores])[order_D]
     hit_TD = np.concatenate([np.zeros((num_thresholds, 0), bool), *hits_N], 1)[:, order_D]
+    images_D = images_D[
+        : max(np.flatnonzero(hit_TD.any(0)), default=-1) + 1
+    ]  # what comes after the last hit is nothing
     return Ranking(images_D, [np.flatnonzero(hit_D) for hit_D in hit_TD], np.asarray(counts_N))
 
 
