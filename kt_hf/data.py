@@ -362,12 +362,14 @@ def _clean(parts: dict[str, _Part], roles: dict[str, str], drop: set[str], name:
 
 
 def _empty(rows: datasets.Dataset, roles: dict[str, str]) -> np.ndarray:
-    """Rows without an image, or with nothing in one of their texts."""
+    """Rows without an image or a table, or with nothing in one of their texts."""
     bad_N = np.zeros(len(rows), dtype=bool)
     for role in roles:
         column = arrow(rows, role)
         if isinstance(rows.features[role], _FILES):
             bad_N |= _no_image(column)
+        elif role == "table":
+            bad_N |= _mask(pc.is_null(column))
         elif role in _TEXT_ROLES:
             if _is_text(column):
                 bad_N |= _mask(pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(column)).fill_null(0), 0))
@@ -401,10 +403,12 @@ def _fill_gaps(part: _Part, split: str, name: str) -> None:
     for role, feature in list(part.rows.features.items()):
         column = arrow(part.rows, role)
         if isinstance(feature, _FILES):
-            gaps = int(_no_image(column)[part.keep].sum())
-            if gaps:
+            gaps = part.keep[_no_image(column)[part.keep]]
+            if len(gaps):
+                first = part.rows.select_columns(["index"])[int(gaps[0])]["index"]
                 raise DataError(
-                    f"data '{name}': {gaps} rows of {split} have no {role}", "leave them out: data.drop=[empty]"
+                    f"data '{name}': {len(gaps)} rows of {split} have no {role}, row {first} the first of them",
+                    "leave them out: data.drop=[empty]",
                 )
         elif column.null_count and _is_text(column):
             filled = pc.fill_null(column, "").combine_chunks()
