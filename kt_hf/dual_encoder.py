@@ -375,7 +375,7 @@ def load_towers(ref: Model, texts: Iterable[str]) -> Loaded:
     VisionTextDualEncoderModel where it takes both, else `DualEncoderModel`. What is new is named in `new_parameters`.
     """
     if ref.image is None or ref.text is None:
-        raise RecipeError("a dual encoder needs both an image and a text tower", "give both: model.image and model.text")
+        raise RecipeError("a dual encoder needs an image and a text tower", "give both: model.image and model.text")
     image_ref, text_ref = noun(ref.image), noun(ref.text)
     image, new_image = load_tower(image_ref, "vision")
     text, new_text, tokenizer = load_text_tower(text_ref, texts)

@@ -1,5 +1,5 @@
-"""Models that fuse several media: a tower for each (image, text, audio, a table of numbers), projections into one space,
-and a fusion of what they say.
+"""Models that fuse several media: a tower for each (image, text, audio, a table of numbers), projections into one
+space, and a fusion of what they say.
 
     sum               the projections added up
     concatenation     side by side
@@ -259,7 +259,7 @@ class FusionModel(_FusionPreTrained):
         """(B, F) from all media. Raises `RecipeError` where one is missing."""
         missing = [name for name in self.media if name not in encoded]
         if missing:
-            raise RecipeError(f"the model takes {', '.join(self.media)}; there is no {missing[0]}", "give it all of them")
+            raise RecipeError(f"the model takes {', '.join(self.media)}; there is no {missing[0]}", "give it all")
         if self.config.fusion == "cross_attention":
             vectors = self._cross(encoded, embeds)
         else:

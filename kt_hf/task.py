@@ -203,8 +203,8 @@ class Task:
         return {"example": len(batch["index"])}
 
     def choose(self, model: nn.Module, batch: Batch) -> Batch:
-        """What the model decides of a training batch before it is run on it, such as which of its rows make a hard pair.
-        Without gradient, under a seed, once per micro-batch: teachers and chunks see the same."""
+        """What the model decides of a training batch before it is run on it, such as which of its rows make a hard
+        pair. Without gradient, under a seed, once per micro-batch: teachers and chunks see the same."""
         return batch
 
     def scores(self, outputs: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -150,8 +150,8 @@ def positions(output: Any) -> torch.Tensor:
 
 def read(tower: Any, probe: dict[str, torch.Tensor], **optional: None) -> Reading:
     """How a tower is read, from one run on zeros."""
-    training, dtype = tower.training, next(tower.parameters()).dtype
-    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in probe.items()}
+    training, first = tower.training, next(tower.parameters())
+    inputs = {k: v.to(first if v.is_floating_point() else first.device) for k, v in probe.items()}
     tower.eval()
     with torch.no_grad(), loading.loading(f"{type(tower).__name__} as a tower"):
         try:

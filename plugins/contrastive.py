@@ -26,9 +26,9 @@ class Contrastive(Strategy):
     loss: `clip`, a softmax over the batch in both directions, or `siglip`, a sigmoid for every pair. lock_image,
     lock_text: train only the other tower and the projections; unlocked_layers: the last layers of a locked tower that
     are trained all the same. alpha: weight of this loss, where the task has one of its own, which keeps 1 - alpha.
-    max_logit_scale: the factor on cosine similarities is kept below it (`clip` alone; 0 for no limit). Scale and bias of
-    a fresh model start at the papers' values, those of a checkpoint are kept. A model without a place for SigLIP's bias
-    is trained with one of the strategy's own, which is not exported: it shifts all logits alike.
+    max_logit_scale: the factor on cosine similarities is kept below it (`clip` alone; 0 for no limit). Scale and bias
+    of a fresh model start at the papers' values, those of a checkpoint are kept. A model without a place for SigLIP's
+    bias is trained with one of the strategy's own, which is not exported: it shifts all logits alike.
     """
 
     paper = (

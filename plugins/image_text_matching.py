@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from kt_hf import Loaded, Role, Task, classification, images, loading, randomness
+from kt_hf.data import row_hashes
 from kt_hf.errors import DataError, RecipeError, RowError
 from kt_hf.functional import scoring
 from kt_hf.task import Batch, Scores
@@ -59,11 +60,12 @@ class ImageTextMatching(Task):
     `cross_attention`, fusion_layers times, or one of multimodal-classification's. Data: rows with an image and a text,
     or several, of which training takes a random one and evaluation the first; a column `label` with 0 and 1 where
     pairs are given as they are; or a column `wrong_text`. Without these, every row counts twice: with its own text and
-    with a wrong one, which is another row's. In training that is a row of the micro-batch, drawn evenly or, `hard`, in
-    proportion to exp(cosine / temperature) of the towers' projections (Li et al. 2021, Align before Fuse,
-    arXiv:2107.07651, section 3.2); the strategy `contrastive` with an alpha below 1 learns that similarity beside, and
-    without it `hard` is not much harder. In evaluation it is fixed by the split: every text is right once and wrong
-    once, as far as texts and images differ. max_length: tokens of a text.
+    with a wrong one, which is another row's. In evaluation that is fixed by the split: every text is right once and
+    wrong once, as far as texts and images differ. In training it is drawn by seed, epoch and row from all training
+    rows. negatives: `hard` draws from the rows of the micro-batch instead, in proportion to exp(cosine / temperature)
+    of the towers' projections (Li et al. 2021, Align before Fuse, arXiv:2107.07651, section 3.2), so that accumulation
+    and processes matter; the strategy `contrastive` with an alpha below 1 learns that similarity beside, and without it
+    `hard` is not much harder. max_length: tokens of a text.
     """
 
     conformance = {
@@ -89,7 +91,7 @@ class ImageTextMatching(Task):
     def __init__(
         self,
         *,
-        negatives: Literal["hard", "random"] = "hard",
+        negatives: Literal["random", "hard"] = "random",
         temperature: Annotated[float, Field(gt=0, le=100)] = 0.07,
         fusion: Literal["cross_attention", "gate", "concatenation", "sum"] = "cross_attention",
         fusion_layers: Annotated[int, Field(ge=1, le=24)] = 1,
@@ -99,7 +101,7 @@ class ImageTextMatching(Task):
         self.negatives, self.temperature = negatives, temperature
         self.fusion, self.fusion_layers, self.shared_layers = fusion, fusion_layers, shared_layers
         self.max_length = max_length
-        self.draws = True
+        self.draws, self.pool = True, Pool()
 
     @classmethod
     def architectures(cls) -> frozenset[str]:
@@ -144,7 +146,9 @@ class ImageTextMatching(Task):
         first = next(iter(info.splits.values()))
         self.random_rows = self.draws or isinstance(first["text"][0], list)
         for split, rows in info.splits.items() if self.draws else ():
-            if split != "train" and "wrong_text" not in rows.column_names:
+            if split == "train":
+                self.pool = self.pool if self.pool.rows is rows else Pool(rows)
+            elif "wrong_text" not in rows.column_names:
                 info.splits[split] = rows.add_column("wrong_text", wrong_texts(rows, split))
 
     def signature(self, loaded: Loaded) -> dict[str, Any]:
@@ -177,28 +181,29 @@ class ImageTextMatching(Task):
             if image is None:
                 raise RowError(place, "there is no image", "leave such rows out: data.drop=[empty]")
         pictures = [images.rgb(image) for image in rows["image"]]
+        texts = [_pick(place, value, train) for place, value in enumerate(rows["text"])]
         columns: dict[str, Any] = {"image_id": [_number(picture.tobytes()) for picture in pictures]}
+        columns["text_id"] = [_number(_plain(text).encode()) for text in texts]
+        wrong = rows.get("wrong_text")
+        if train and self.draws:
+            wrong = [self.pool.draw(*ids) for ids in zip(columns["text_id"], columns["image_id"], strict=True)]
+            columns["draw"] = torch.rand(len(texts)).tolist()
         if augment is not None:
             pictures = [augment(picture) for picture in pictures]
-        columns |= loaded.processor.images(pictures)
-        texts = [_pick(place, value, train) for place, value in enumerate(rows["text"])]
-        columns |= loaded.processor.texts(texts, self.max_length)
-        columns["text_id"] = [_number(_plain(text).encode()) for text in texts]
-        if "wrong_text" in rows:
-            wrong = loaded.processor.texts([text or "" for text in rows["wrong_text"]], self.max_length)
-            columns |= {f"{WRONG}{name}": values for name, values in wrong.items()}
-            columns["has_wrong"] = [bool(text) for text in rows["wrong_text"]]
-        elif train and self.draws:
-            columns["draw"] = torch.rand(len(texts)).tolist()
+        columns |= {**loaded.processor.images(pictures), **loaded.processor.texts(texts, self.max_length)}
+        if wrong is not None:
+            tokens = loaded.processor.texts([text or "" for text in wrong], self.max_length)
+            columns |= {f"{WRONG}{name}": values for name, values in tokens.items()}
+            columns["has_wrong"] = [bool(text) for text in wrong]
         if "label" in rows:
             columns["labels"] = [_yes_or_no(place, value) for place, value in enumerate(rows["label"])]
         return columns
 
     def collate(self, rows: Sequence[dict[str, Any]], loaded: Loaded) -> Batch:
-        """Own and wrong texts are padded to one width. In training, the wrong text of a row is another row's."""
+        """Own and wrong texts are padded to one width."""
         names = [name for name in _TOKENS if name in rows[0]]
-        given = [[{n: row[f"{prefix}{n}"] for n in names} for row in rows] for prefix in ("", WRONG)[: 1 + _wrong(rows)]]
-        tokens = loaded.processor.pad({name: [row[name] for texts in given for row in texts] for name in names})
+        texts = [{n: row[f"{prefix}{n}"] for n in names} for prefix in ("", WRONG)[: 1 + _wrong(rows)] for row in rows]
+        tokens = loaded.processor.pad({name: [text[name] for text in texts] for name in names})
         batch = {name: values[: len(rows)] for name, values in tokens.items()}
         batch |= {n: torch.stack([row[n] for row in rows]) for n, v in rows[0].items() if isinstance(v, torch.Tensor)}
         batch |= classification.columns(rows, ("index", "image_id", "text_id"))
@@ -207,20 +212,24 @@ class ImageTextMatching(Task):
         if _wrong(rows):
             batch |= {f"{WRONG}{name}": values[len(rows) :] for name, values in tokens.items()}
             batch["has_wrong"] = torch.tensor([row["has_wrong"] for row in rows])
-        elif "draw" in rows[0]:
+        if "draw" in rows[0]:
             batch["draw"] = torch.tensor([row["draw"] for row in rows])
-            batch = with_wrong(batch, others(batch).float())
         return batch
 
     def choose(self, model: nn.Module, batch: Batch) -> Batch:
-        """Hard negatives: drawn anew, in proportion to how near they are to the image. Takes a pass of the towers."""
+        """Hard negatives, in proportion to how near they are to the image; takes a pass of the towers. A row without
+        others in its micro-batch keeps the wrong text that it has."""
         if self.negatives != "hard" or "draw" not in batch:
             return batch
         fusion: Any = loading.unwrap(model).fusion  # type: ignore[union-attr]
         embeds = fusion.embed(fusion.encode(batch))
         image_BD, text_BD = (F.normalize(embeds[name].float(), dim=-1) for name in ("image", "text"))
-        near_BB = image_BD @ text_BD.T / self.temperature
-        return with_wrong(batch, near_BB.masked_fill(~others(batch), -torch.inf).softmax(1).nan_to_num(0.0))
+        others_BB = others(batch)
+        near_BB = (image_BD @ text_BD.T / self.temperature).masked_fill(~others_BB, -torch.inf)
+        wrong_B, there_B1 = drawn(near_BB.softmax(1).nan_to_num(0.0), batch["draw"]), others_BB.any(1, keepdim=True)
+        names = [name for name in _TOKENS if name in batch]
+        found = {f"{WRONG}{n}": torch.where(there_B1, batch[n][wrong_B], batch[f"{WRONG}{n}"]) for n in names}
+        return {**batch, **found}
 
     # --- the model's outputs ---
 
@@ -273,7 +282,7 @@ class ImageTextMatching(Task):
         return {"scores": odds_BP, **known}
 
     def measure(self, predictions: dict[str, np.ndarray], loaded: Loaded, info: Any) -> Scores:
-        """accuracy, F1 of `match`, and the area under the ROC curve, over pairs; rows are resampled with their pairs."""
+        """accuracy, F1 of `match`, the area under the ROC curve, over pairs; rows are resampled with all of theirs."""
         if "label" not in predictions:
             raise DataError("these rows do not say what belongs together", "name a label: data.columns.label=COLUMN")
         odds_NP, label_NP = predictions["scores"].astype(np.float64), predictions["label"]
@@ -301,8 +310,9 @@ class ImageTextMatching(Task):
 
     def answer(self, predictor: Any, info: Any, max_new_tokens: int) -> dict[str, list[Any]]:
         """Whether the pair of every row matches, and the probability that it does."""
-        splits = {s: rows.remove_columns([c for c in rows.column_names if c == "wrong_text"]) for s, rows in info.splits.items()}
-        plain = type(info)("pairs", splits, info.roles, None, f"{info.fingerprint}-pairs")
+        rows = info.splits["test"]
+        own = rows.remove_columns([name for name in rows.column_names if name == "wrong_text"])
+        plain = type(info)("pairs", {"test": own}, info.roles, None, f"{info.fingerprint}-pairs")
         odds_N = predictor.scores(plain, "test")["scores"][:, 0].astype(np.float64)
         chance_N = 1 / (1 + np.exp(-odds_N))
         return {"prediction": [ANSWERS[int(x > 0)] for x in odds_N], "probability": chance_N.tolist()}
@@ -335,24 +345,45 @@ def others(batch: Batch) -> torch.Tensor:
     return (text_B[:, None] != text_B[None]) & (image_B[:, None] != image_B[None])
 
 
-def with_wrong(batch: Batch, weights_BB: torch.Tensor) -> Batch:
-    """The batch with a wrong text for every row, in proportion to the weights, by the row's own `draw` in [0, 1)."""
+def drawn(weights_BB: torch.Tensor, draw_B: torch.Tensor) -> torch.Tensor:
+    """column_B, drawn in proportion to each row's weights by the row's own number in [0, 1)."""
     reach_BB = weights_BB.double().cumsum(1)
-    wanted_B1 = batch["draw"].double()[:, None] * reach_BB[:, -1:]
-    wrong_B = (reach_BB <= wanted_B1).sum(1).clamp(max=len(weights_BB) - 1)
-    tokens = {f"{WRONG}{name}": batch[name][wrong_B] for name in _TOKENS if name in batch}
-    return {**batch, **tokens, "has_wrong": others(batch).any(1)}
+    return (reach_BB <= draw_B.double()[:, None] * reach_BB[:, -1:]).sum(1).clamp(max=weights_BB.shape[1] - 1)
+
+
+class Pool:
+    """The training rows, from which wrong texts are drawn."""
+
+    def __init__(self, rows: datasets.Dataset | None = None):
+        self.rows, self.texts = rows, None if rows is None else rows.select_columns(["text"])
+        self.repeated = np.zeros(0, dtype=bool)
+        if rows is not None:
+            _, where, counts = np.unique(row_hashes(rows, ["image"]), return_inverse=True, return_counts=True)
+            self.repeated = counts[where] > 1
+
+    def __repr__(self) -> str:  # a part of the key under which preprocessed rows are kept
+        return f"{len(self.repeated)} rows"
+
+    def draw(self, text_id: int, image_id: int) -> str | None:
+        """Another row's text; None where sixteen draws find none that differs."""
+        if self.rows is None or self.texts is None:
+            return None
+        for place in torch.randint(len(self.rows), (16,)).tolist():
+            value = self.texts[place]["text"]
+            options = _options(value)
+            if not options or any(_number(_plain(option).encode()) == text_id for option in options):
+                continue
+            if self.repeated[place] and _number(images.rgb(self.rows[place]["image"]).tobytes()) == image_id:
+                continue
+            return options[int(torch.randint(len(options), ()))]
+        return None
 
 
 def wrong_texts(rows: datasets.Dataset, split: str) -> list[str | None]:
     """A wrong text for every row, a function of the split alone: the next one's on a random circle through all rows,
     or, where text or image are the same, the one after that. None where all rows are the same."""
-    from kt_hf.reading import arrow
-
-    first = [value[0] if isinstance(value, list) and value else value for value in rows["text"]]
-    texts = ["" if isinstance(value, list) or value is None else value for value in first]
-    pictures = [repr(value).encode() for value in arrow(rows, "image").to_pylist()]
-    known = list(zip((_plain(text) for text in texts), map(_number, pictures), strict=True))
+    texts = [(_options(value) or [""])[0] for value in rows["text"]]
+    known = list(zip(map(_plain, texts), row_hashes(rows, ["image"]).tolist(), strict=True))
     random = np.random.default_rng(randomness.number("wrong texts", split, len(rows)) % 2**32)
     circle = random.permutation(len(rows))
     found: list[str | None] = [None] * len(rows)
@@ -370,10 +401,15 @@ def _wrong(rows: Sequence[dict[str, Any]]) -> bool:
 
 def _pick(place: int, value: Any, train: bool) -> str:
     """One of a row's texts: a random one in training, else the first."""
-    options = [text for text in (value if isinstance(value, list) else [value]) if text and text.strip()]
+    options = _options(value)
     if not options:
         raise RowError(place, "there is no text", "leave such rows out: data.drop=[empty]")
     return options[int(torch.randint(len(options), ()))] if train and len(options) > 1 else options[0]
+
+
+def _options(value: Any) -> list[str]:
+    """The texts of a row that say something."""
+    return [text for text in (value if isinstance(value, list) else [value]) if text and text.strip()]
 
 
 def _yes_or_no(place: int, value: float | None) -> int:

@@ -34,6 +34,16 @@ QUICK = {"max_steps": 4, "per_device_train_batch_size": 4, "report_to": "none", 
 FUSIONS = ("sum", "concatenation", "gate", "cross_attention")
 
 
+def picture(pixels: np.ndarray) -> dict[str, Any]:
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, "PNG")
+    return {"bytes": content.getvalue(), "path": None}
+
+
+def plain_rows(rows: datasets.Dataset) -> list[dict[str, Any]]:
+    return rows.cast_column("image", datasets.Image(decode=False)).to_list()
+
+
 def digits(count: int, start: int = 0, label: Any = None) -> datasets.Dataset:
     """A picture of a digit, its name, a tone of its own height, and the sums of the picture's rows."""
     found = load_digits(n_class=3)
@@ -44,7 +54,7 @@ def digits(count: int, start: int = 0, label: Any = None) -> datasets.Dataset:
         content = audio.wav(np.sin(2 * np.pi * (300, 800, 2000)[digit] * time) * 0.5, 8000)
         rows.append(
             {
-                "image": Image.fromarray((pixels * 15).astype(np.uint8)),
+                "image": picture((pixels * 15).astype(np.uint8)),
                 "text": f"this is {WORDS[digit]} of {i}",
                 "audio": {"bytes": content, "path": None},
                 "table": pixels.sum(1).tolist(),
@@ -241,7 +251,7 @@ def test_media_that_are_asked_for(plain: Path, tmp_path: Path) -> None:
 )
 def test_a_row_without_a_medium_is_named(column: str, value: Any, message: str, tmp_path: Path) -> None:
     def spoil(split: str, rows: Any) -> Any:
-        raw = rows.cast_column("image", datasets.Image(decode=False)).to_list()
+        raw = plain_rows(rows)
         if split == "train":
             raw[3][column] = value
         return in_memory(raw, rows.features)
@@ -292,7 +302,7 @@ def test_it_learns_from_the_medium_that_knows(tmp_path: Path) -> None:
 
     def noise(split: str, rows: Any) -> Any:
         pixels = random.integers(0, 255, (len(rows), 8, 8), dtype=np.uint8)
-        raw = [{**row, "image": Image.fromarray(p)} for row, p in zip(rows.to_list(), pixels, strict=True)]
+        raw = [{**row, "image": picture(p)} for row, p in zip(plain_rows(rows), pixels, strict=True)]
         return in_memory(raw, rows.features)
 
     path = folder(tmp_path / "data", change=noise)
