@@ -117,7 +117,8 @@ def signature(extractor: Any) -> dict[str, Any]:
 
 
 def probe(extractor: Any, max_seconds: float) -> dict[str, torch.Tensor]:
-    """A model's inputs from one row of silence."""
+    """A model's inputs from one row of silence, of which nothing is masked."""
     rate = extractor.sampling_rate
     silence = {"bytes": wav(np.zeros(round(max_seconds * rate)), rate), "path": None}
-    return {name: torch.stack(rows) for name, rows in encode(extractor, [silence], max_seconds).items()}
+    found = encode(extractor, [silence], max_seconds)
+    return {name: torch.stack(rows) for name, rows in found.items() if name != "attention_mask"}

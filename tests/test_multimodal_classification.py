@@ -45,7 +45,7 @@ def plain_rows(rows: datasets.Dataset) -> list[dict[str, Any]]:
 
 
 def digits(count: int, start: int = 0, label: Any = None) -> datasets.Dataset:
-    """A picture of a digit, its name, a tone of its own height, and the sums of the picture's rows."""
+    """A picture of a digit, its name, a tone of its own height, and the sums of the picture's rows and columns."""
     found = load_digits(n_class=3)
     rows = []
     for i in range(start, start + count):
@@ -57,7 +57,7 @@ def digits(count: int, start: int = 0, label: Any = None) -> datasets.Dataset:
                 "image": picture((pixels * 15).astype(np.uint8)),
                 "text": f"this is {WORDS[digit]} of {i}",
                 "audio": {"bytes": content, "path": None},
-                "table": pixels.sum(1).tolist(),
+                "table": [*pixels.sum(0), *pixels.sum(1)],
                 "label": digit if label is None else label(digit),
             }
         )
@@ -71,11 +71,11 @@ def _kind(value: Any) -> Any:
     return datasets.List(datasets.Value("string")) if isinstance(value, list) else datasets.Value("float32")
 
 
-def folder(path: Path, label: Any = None, change: Any = None, leave: tuple[str, ...] = ()) -> Path:
+def folder(path: Path, label: Any = None, change: Any = None, leave: tuple[str, ...] = (), **counts: int) -> Path:
     """7 rows of test, which two do not divide."""
     path.mkdir(exist_ok=True)
-    for i, (split, count) in enumerate({"train": 18, "validation": 6, "test": 7}.items()):
-        rows = digits(count, 40 * i, label).remove_columns(list(leave))
+    for i, (split, count) in enumerate({"train": 18, "validation": 6, "test": 7, **counts}.items()):
+        rows = digits(count, 150 * i, label).remove_columns(list(leave))
         (rows if change is None else change(split, rows)).to_parquet(path / f"{split}.parquet")
     return path
 
@@ -245,8 +245,8 @@ def test_media_that_are_asked_for(plain: Path, tmp_path: Path) -> None:
         ("audio", None, "1 rows of train have no audio, row 3 the first"),
         ("text", None, "row 3: there is no text"),
         ("table", None, "row 3 has no table"),
-        ("table", [1.0, 2.0], "row 3 has a table of 2 numbers, the first one of 8"),
-        ("table", [float("nan")] * 8, "row 3: number 0 of the table is nan"),
+        ("table", [1.0, 2.0], "row 3 has a table of 2 numbers, the first one of 16"),
+        ("table", [float("nan")] * 16, "row 3: number 0 of the table is nan"),
     ],
 )
 def test_a_row_without_a_medium_is_named(column: str, value: Any, message: str, tmp_path: Path) -> None:
@@ -305,9 +305,9 @@ def test_it_learns_from_the_medium_that_knows(tmp_path: Path) -> None:
         raw = [{**row, "image": picture(p)} for row, p in zip(plain_rows(rows), pixels, strict=True)]
         return in_memory(raw, rows.features)
 
-    path = folder(tmp_path / "data", change=noise)
+    path = folder(tmp_path / "data", change=noise, train=120, test=100)
     recipe = Recipe(
-        [Train("one", training={**QUICK, "max_steps": 40, "learning_rate": 1e-2})],
+        [Train("one", training={**QUICK, "max_steps": 60, "per_device_train_batch_size": 16, "learning_rate": 3e-3})],
         data=Data(str(path)),
         task={NAME: {"media": ["image", "table"], "fusion": "gate"}},
         model=MODEL,
