@@ -310,7 +310,7 @@ class FusionForClassification(_FusionPreTrained):
     def __init__(self, config: FusionConfig, encoders: dict[str, Any] | None = None):
         super().__init__(config)
         self.fusion = FusionModel(config, encoders)
-        self.classifier = nn.Linear(self.fusion.fused_width, config.num_labels)
+        self.classifier = nn.Linear(self.fusion.fused_width, config.num_labels or 1)
         self.post_init()
 
     def forward(self, **inputs: Any) -> FusionOutput:
@@ -385,7 +385,7 @@ def _from_checkpoint(auto: Any, ref: Model, labels: list[str] | None, changes: d
 
 
 def _processors(ref: Model, model: Any) -> towers.Parts:
-    config = loading.unwrap(model).config
+    config: Any = loading.unwrap(model).config
     return towers.Parts(
         None if config.text_config is None else loading.load_tokenizer(ref),
         None if config.vision_config is None else loading.load_image_processor(ref, config.vision_config),

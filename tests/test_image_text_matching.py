@@ -17,6 +17,7 @@ from sklearn import metrics as sklearn_metrics
 from torch.nn import functional as F
 
 from kt_hf import Data, Recipe, Train, inference, loader, registry, run, testing
+from kt_hf.bundle import Bundle, Position
 from kt_hf.data import DataInfo, prepare
 from kt_hf.errors import DataError, RecipeError, RowError
 from kt_hf.functional import scoring
@@ -192,6 +193,21 @@ def test_hard_ones_are_drawn_in_proportion(plain: Path) -> None:
     alone = task.part(batch, 2, 3)
     assert torch.equal(task.choose(made.model, alone)["wrong_input_ids"], alone["wrong_input_ids"])
     assert torch.equal(chosen["has_wrong"], batch["has_wrong"]), "what is counted stays"
+
+
+def test_training_is_on_the_hard_ones(plain: Path) -> None:
+    """The loss of a step is that of the pairs that the model chose."""
+    task, _, made = loaded(plain, negatives="hard")
+    batch = batch_of(task, pairs(6), made)
+    counts = {"train": {name: int(count) for name, count in task.units(batch).items()}}
+    position = Position(0, 0.0, 0, 1, 42, 0, 1, counts, {"train": (6,)})
+    with torch.no_grad():
+        found = Bundle(made, task, {}).eval()("loss", batch, {}, position)["task"]
+        chosen = task.choose(made.model, batch)
+        hard, easy = (task.loss(task.forward(made.model, b), b)[0].mean() for b in (chosen, batch))
+    assert not torch.equal(chosen["wrong_input_ids"], batch["wrong_input_ids"])
+    torch.testing.assert_close(found, hard)
+    assert abs(float(found - easy)) > 1e-4
 
 
 def test_a_draw_finds_its_place() -> None:

@@ -235,6 +235,23 @@ def test_media_that_are_asked_for(plain: Path, tmp_path: Path) -> None:
         loaded(plain, {"config": "bert"})
 
 
+def test_towers_of_models_of_several(plain: Path, tmp_path: Path) -> None:
+    """A tower is taken out of a fused model, and out of a dual encoder; its processor comes along."""
+    task, info, made = loaded(plain)
+    task.save(made, tmp_path / "fused")
+    dual = registry.load("task", "zero-shot-image-classification")()
+    both = prepare("d", Data(str(plain)), dual)
+    other = dual.load(Model(**TOWERS, projection_dim=8), both)
+    dual.save(other, tmp_path / "dual")
+    given = {"image": str(tmp_path / "dual"), "audio": str(tmp_path / "fused"), "projection_dim": 8}
+    _, _, again = loaded(plain, given)
+    for mine, theirs in (("vision_model", other.model.vision_model), ("audio_model", made.model.fusion.audio_model)):
+        found, expected = getattr(again.model.fusion, mine).state_dict(), theirs.state_dict()
+        assert found.keys() == expected.keys() and all(torch.equal(found[k], expected[k]) for k in found)
+    assert again.processor.processor.feature_extractor.sampling_rate == 8000
+    batch_of(task, info.splits["test"][:2], again)
+
+
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
