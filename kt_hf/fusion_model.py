@@ -361,7 +361,8 @@ def load(
     """A model with its processors: a checkpoint of ours, or towers (`ref.image`, `ref.text`, `ref.audio`) that are
     fused anew, with a table where that is wanted.
 
-    fields: of a fresh model's configuration (`fusion`, `shared_layers`); changes: of any. Raises `RecipeError`.
+    max_seconds: of a sound. fields: of a fresh model's configuration (`fusion`, `shared_layers`); changes: of any.
+    Raises `RecipeError`.
     """
     if any(getattr(ref, name, None) is not None for name in ("image", "text", "audio")):
         loaded, parts = _from_towers(auto, ref, info, wanted, max_seconds, {**fields, **changes}, labels)
@@ -369,7 +370,9 @@ def load(
         loaded = _from_checkpoint(auto, ref, labels, changes)
         parts = _processors(ref, loaded.model)
     open_clip_models.freeze_unused(loaded.model)
-    loaded.processor = towers.TransformersProcessor.of(parts, loading.unwrap(loaded.model).config)
+    config: Any = loading.unwrap(loaded.model).config
+    parts.table_columns = config.table_columns
+    loaded.processor = towers.TransformersProcessor.of(parts, config)
     return loaded
 
 

@@ -192,11 +192,13 @@ def by_depth(parts: Sequence[list[list[str]]]) -> list[list[str]]:
 
 @dataclass
 class Parts:
-    """The processors of a model's towers, saved as transformers' own processors are: each `Auto...` finds its own."""
+    """The processors of a model's towers, saved as transformers' own processors are: each `Auto...` finds its own.
+    table_columns: numbers of a row's table, which need no processor."""
 
     tokenizer: Any = None
     image_processor: Any = None
     feature_extractor: Any = None
+    table_columns: int = 0
 
     def save_pretrained(self, folder: Path) -> None:
         if self.tokenizer is not None:

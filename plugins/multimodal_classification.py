@@ -137,7 +137,6 @@ class MultimodalClassification(classification.Classification, Task):
                 f"the model takes {', '.join(names)}; the data have no {lacking[0]}",
                 f"name its column: data.columns.{lacking[0]}=COLUMN",
             )
-        loaded.processor.media, loaded.processor.columns = names, config.table_columns
         return loaded
 
     def _wanted(self, ref: Any, info: Any) -> list[str]:
@@ -153,9 +152,8 @@ class MultimodalClassification(classification.Classification, Task):
         return list(self.media)
 
     def signature(self, loaded: Loaded) -> dict[str, Any]:
-        processor = loaded.processor
-        of_media = {"media": list(processor.media), "table_columns": processor.columns}
-        return {"labels": loaded.labels, **of_media, **processor.signature()}
+        own = {"media": media_of(loaded), "table_columns": loaded.processor.processor.table_columns}
+        return {"labels": loaded.labels, **own, **loaded.processor.signature()}
 
     def layers(self, model: nn.Module) -> list[list[str]]:
         """Those of all towers as one sequence, by relative depth; the table's is a part of the head."""
@@ -174,25 +172,27 @@ class MultimodalClassification(classification.Classification, Task):
     def preprocess(
         self, rows: dict[str, list[Any]], loaded: Loaded, train: bool, augment: Any = None
     ) -> dict[str, Any]:
-        processor = loaded.processor
-        for name in processor.media:
+        processor, media = loaded.processor, media_of(loaded)
+        for name in media:
             for place, value in enumerate(rows[name]):
                 if value is None or (name == "text" and not value.strip()):
                     raise RowError(place, f"there is no {name}", "leave such rows out: data.drop=[empty]")
         columns = self.labels(rows, loaded)
-        if augment is not None and "image" not in processor.media:
+        if augment is not None and "image" not in media:
             raise RecipeError("data.augment changes images, which this model does not take", "leave it out")
-        if "image" in processor.media:
+        if "image" in media:
             pictures = [images.rgb(image) for image in rows["image"]]
             pictures = pictures if augment is None else [augment(picture) for picture in pictures]
             columns |= processor.images(pictures)
-        if "text" in processor.media:
+        if "text" in media:
             columns |= processor.texts(rows["text"], self.max_length)
-        if "audio" in processor.media:
+        if "audio" in media:
             sounds = audio.encode(processor.processor.feature_extractor, rows["audio"], self.max_seconds)
             columns |= {f"audio_{name}": values for name, values in sounds.items()}
-        if "table" in processor.media:
-            columns["table"] = [_numbers(place, row, processor.columns) for place, row in enumerate(rows["table"])]
+        if "table" in media:
+            columns["table"] = [
+                _numbers(place, row, processor.processor.table_columns) for place, row in enumerate(rows["table"])
+            ]
         return columns
 
     def collate(self, rows: Any, loaded: Loaded) -> dict[str, Any]:
@@ -211,6 +211,14 @@ class MultimodalClassification(classification.Classification, Task):
     def features(self, outputs: Any, batch: dict[str, Any]) -> torch.Tensor:
         """What is fused."""
         return outputs.pooler_output
+
+
+def media_of(loaded: Loaded) -> list[str]:
+    """The media that a model takes, as its processors show; workers of the loader have no model."""
+    parts = loaded.processor.processor
+    there = {"image": parts.image_processor, "text": parts.tokenizer, "audio": parts.feature_extractor}
+    names = [name for name, part in there.items() if part is not None]
+    return [*names, *(["table"] if parts.table_columns else [])]
 
 
 def _numbers(place: int, row: list[float], columns: int) -> torch.Tensor:
