@@ -205,6 +205,10 @@ class Bundle(nn.Module):
             randomness.seed_all("batch", name, *where)
             with named(f"{name}.batch"):
                 batch = strategy.batch(batch, self.model, position.progress)
+        if type(self.task).choose is not Task.choose:
+            randomness.seed_all("choose", *where)
+            with named("task.choose"), torch.no_grad():
+                batch = self.task.choose(self.model, batch)
         step = Step(self, batch, streams, position)
         weight = 1.0
         for strategy in stack.values():

@@ -12,6 +12,7 @@ from kt_hf.errors import Collector, IntegrityError, RecipeError, nearest
 from kt_hf.nouns import (
     BASELINES,
     STAGES,
+    TOWERS,
     Data,
     Ensemble,
     Evaluate,
@@ -260,15 +261,13 @@ def _model(given: Any, where: str, collect: Collector) -> Model | None:
     before = len(collect.mistakes)
     model: Model = _noun(Model, given, where, collect)
     kinds = [key for key in ("path", "config") if getattr(model, key)]
-    kinds += ["image and text"] if model.image or model.text else []
+    kinds += [" and ".join(t for t in TOWERS if getattr(model, t))] if any(getattr(model, t) for t in TOWERS) else []
     if len(kinds) > 1:
-        remedy = "a model is a checkpoint, a fresh config, or two towers"
+        remedy = "a model is a checkpoint, a fresh config, or made of towers"
         collect.add(f"{where}: {' and '.join(kinds)} contradict each other", remedy)
     elif not kinds and len(collect.mistakes) == before:
         collect.add(f"{where}: neither path nor config", "model=DIR_OR_HUB_ID, or model.config=TYPE for a fresh one")
-    if (model.image is None) != (model.text is None):
-        collect.add(f"{where}: a dual encoder needs both image and text", "give both towers")
-    for tower in ("image", "text"):
+    for tower in TOWERS:
         if getattr(model, tower) is not None:
             setattr(model, tower, _model(getattr(model, tower), f"{where}.{tower}", collect))
     return model

@@ -119,7 +119,7 @@ def prepare(name: str, data: Data, task: Task) -> DataInfo:
         parts[split] = _part(rows if rows._indices is None else rows.flatten_indices(), roles, split, keep)
     settled = _settle_labels(parts, roles, data, task)
     for part in parts.values():
-        part.hashes = _row_hashes(part.rows, [role for role in roles if role != "label"])
+        part.hashes = row_hashes(part.rows, [role for role in roles if role != "label"])
     drop = set(data.drop or [])
     counts = _clean(parts, roles, drop, name, task)
     if unreadable:
@@ -171,7 +171,7 @@ def _fingerprint(parts: dict[str, _Part], names: list[str] | None, more: str) ->
         if part.classes is not None:
             digest.update(part.classes[part.keep].tobytes())
         elif "label" in part.rows.column_names:
-            digest.update(_row_hashes(part.rows, ["label"])[part.keep].tobytes())
+            digest.update(row_hashes(part.rows, ["label"])[part.keep].tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -284,7 +284,7 @@ def _warn_of_classes(parts: dict[str, _Part], names: list[str], name: str, all_k
 # --- rows -----------------------------------------------------------------------------------------------------------
 
 
-def _row_hashes(rows: datasets.Dataset, roles: list[str]) -> np.ndarray:
+def row_hashes(rows: datasets.Dataset, roles: list[str]) -> np.ndarray:
     """64-bit hashes of what a row holds, images as their encoded bytes."""
     total = np.zeros(len(rows), dtype=np.uint64)
     for role in roles:
@@ -362,12 +362,14 @@ def _clean(parts: dict[str, _Part], roles: dict[str, str], drop: set[str], name:
 
 
 def _empty(rows: datasets.Dataset, roles: dict[str, str]) -> np.ndarray:
-    """Rows without an image, or with nothing in one of their texts."""
+    """Rows without an image or a table, or with nothing in one of their texts."""
     bad_N = np.zeros(len(rows), dtype=bool)
     for role in roles:
         column = arrow(rows, role)
         if isinstance(rows.features[role], _FILES):
             bad_N |= _no_image(column)
+        elif role == "table":
+            bad_N |= _mask(pc.is_null(column))
         elif role in _TEXT_ROLES:
             if _is_text(column):
                 bad_N |= _mask(pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(column)).fill_null(0), 0))
@@ -401,10 +403,12 @@ def _fill_gaps(part: _Part, split: str, name: str) -> None:
     for role, feature in list(part.rows.features.items()):
         column = arrow(part.rows, role)
         if isinstance(feature, _FILES):
-            gaps = int(_no_image(column)[part.keep].sum())
-            if gaps:
+            gaps = part.keep[_no_image(column)[part.keep]]
+            if len(gaps):
+                first = part.rows.select_columns(["index"])[int(gaps[0])]["index"]
                 raise DataError(
-                    f"data '{name}': {gaps} rows of {split} have no {role}", "leave them out: data.drop=[empty]"
+                    f"data '{name}': {len(gaps)} rows of {split} have no {role}, row {first} the first of them",
+                    "leave them out: data.drop=[empty]",
                 )
         elif column.null_count and _is_text(column):
             filled = pc.fill_null(column, "").combine_chunks()
@@ -497,7 +501,7 @@ class _Refine:
         found = reached(in_memory(rows, self.features), self.data)
         keep = _where(found, self.data.where, "train", none_do=True)
         part = _part(found, self.roles, "train", keep, numbers)
-        leave_out = np.isin(_row_hashes(part.rows, [role for role in self.roles if role != "label"]), self.held_out)
+        leave_out = np.isin(row_hashes(part.rows, [role for role in self.roles if role != "label"]), self.held_out)
         drop = self.data.drop or []
         if "empty" in drop:
             leave_out |= _empty(part.rows, self.roles)

@@ -12,10 +12,9 @@ Shapes: B rows, L tokens, D width of the shared space, W width of a tower.
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ from torch.nn import functional as F
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING,
-    MODEL_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForZeroShotImageClassification,
@@ -43,11 +41,23 @@ from kt_hf import loading, open_clip_models
 from kt_hf.errors import RecipeError, nearest
 from kt_hf.recipe import Model
 from kt_hf.task import Loaded
+from kt_hf.towers import (
+    IMAGE_INPUTS,
+    TEXT_INPUTS,
+    TransformersProcessor,
+    accepted,
+    check_loads_again,
+    image_probe,
+    load_text_tower,
+    load_tower,
+    noun,
+    pool,
+    read,
+    text_changes,
+    text_probe,
+)
 
 logger = logging.getLogger(__name__)
-
-_IMAGE_INPUTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
-_TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 
 
 # --- one interface ----------------------------------------------------------------------------------------------------
@@ -90,21 +100,15 @@ def encode(model: nn.Module, batch: dict[str, Any], **kwargs: Any) -> DualOutput
 def _encode_image(inner: Any, batch: dict[str, Any], kwargs: dict[str, Any]) -> tuple[torch.Tensor, Any]:
     if is_open_clip(inner):
         return inner.encode_image(batch["pixel_values"]), None
-    found = inner.get_image_features(**_accepted(inner.get_image_features, batch, _IMAGE_INPUTS), **kwargs)
+    found = inner.get_image_features(**accepted(inner.get_image_features, batch, IMAGE_INPUTS), **kwargs)
     return getattr(found, "pooler_output", found), getattr(found, "hidden_states", None)
 
 
 def _encode_text(inner: Any, batch: dict[str, Any]) -> torch.Tensor:
     if is_open_clip(inner):
         return inner.encode_text(batch["input_ids"])
-    found = inner.get_text_features(**_accepted(inner.get_text_features, batch, _TEXT_INPUTS))
+    found = inner.get_text_features(**accepted(inner.get_text_features, batch, TEXT_INPUTS))
     return getattr(found, "pooler_output", found)
-
-
-def _accepted(function: Any, batch: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """The inputs among `names` that the function names in its signature."""
-    known = inspect.signature(function).parameters
-    return {name: batch[name] for name in names if name in batch and name in known}
 
 
 def is_open_clip(model: Any) -> bool:
@@ -162,16 +166,6 @@ def _open_clip_text(inner: Any) -> nn.Module:
     for name in ("token_embedding", "transformer", "ln_final"):
         pieces.add_module(name, getattr(inner, name))
     return pieces
-
-
-def by_depth(parts: Sequence[list[list[str]]]) -> list[list[str]]:
-    """Layers of several towers as one sequence: first layers with first, last with last, the rest in proportion."""
-    count = max(len(layers) for layers in parts)
-    merged: list[list[str]] = [[] for _ in range(count)]
-    for layers in parts:
-        for i, layer in enumerate(layers):
-            merged[round(i * (count - 1) / max(len(layers) - 1, 1))] += layer
-    return [layer for layer in merged if layer]
 
 
 # --- our own model ----------------------------------------------------------------------------------------------------
@@ -246,7 +240,7 @@ class DualEncoderModel(PreTrainedModel):
     ) -> Any:
         """The text tower's output with the projected, not normalised, (B, D) as `pooler_output`."""
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
-        inputs = _accepted(self.text_model.forward, {k: v for k, v in given.items() if v is not None}, given)
+        inputs = accepted(self.text_model.forward, {k: v for k, v in given.items() if v is not None}, given)
         found = self.text_model(**inputs, return_dict=True, **kwargs)
         found["pooler_output"] = self.text_projection(pool(found, self.config.text_pooling, attention_mask))
         return found
@@ -281,19 +275,6 @@ class DualEncoderModel(PreTrainedModel):
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         self.config.use_logit_bias = self.logit_bias is not None  # a strategy may have given the model one
         return super().save_pretrained(*args, **kwargs)
-
-
-def pool(output: Any, how: str, mask_BL: torch.Tensor | None = None) -> torch.Tensor:
-    """(B, W) from a tower's output: its pooled output, or the mean over positions that count (of maps, over space)."""
-    if how == "pooler":
-        return output["pooler_output"].flatten(1)
-    hidden = output["last_hidden_state"]
-    if hidden.dim() == 4:
-        return hidden.mean(dim=(2, 3))
-    if mask_BL is None:
-        return hidden.mean(dim=1)
-    mask_BL1 = mask_BL.unsqueeze(-1).to(hidden.dtype)
-    return (hidden * mask_BL1).sum(1) / mask_BL1.sum(1).clamp(min=1)
 
 
 AutoConfig.register(DualEncoderConfig.model_type, DualEncoderConfig, exist_ok=True)
@@ -356,7 +337,7 @@ def _fresh(ref: Model, texts: Iterable[str]) -> tuple[Loaded, Any]:
     tokenizer = loading.load_tokenizer(ref, texts)
     overrides = dict(ref.config_overrides or {})
     if ref.config in CONFIG_MAPPING:
-        overrides["text_config"] = {**_text_changes(tokenizer, ref.config), **overrides.get("text_config", {})}
+        overrides["text_config"] = {**text_changes(tokenizer, ref.config), **overrides.get("text_config", {})}
     asked = Model(config=ref.config, config_overrides=overrides, attn_implementation=ref.attn_implementation)
     config = loading.config_of(asked)
     if config.text_config.vocab_size < len(tokenizer):
@@ -385,20 +366,6 @@ def _processor_class(config: Any) -> Any:
     return {"clip": CLIPProcessor, "siglip": SiglipProcessor}.get(config.model_type, VisionTextDualEncoderProcessor)
 
 
-def _text_changes(tokenizer: Any, model_type: str) -> dict[str, Any]:
-    """Fields of a fresh text configuration that follow from its tokenizer. CLIP's text tower pools at the end token."""
-    changes = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
-    if "clip" in model_type:
-        end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
-        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.cls_token_id
-        if end is None:
-            raise RecipeError(
-                "the tokenizer has no end token, which CLIP's text tower pools at", "give model.processor with one"
-            )
-        changes.update(eos_token_id=end, bos_token_id=start)
-    return changes
-
-
 # --- transformers: two towers -----------------------------------------------------------------------------------------
 
 
@@ -407,12 +374,11 @@ def load_towers(ref: Model, texts: Iterable[str]) -> Loaded:
 
     VisionTextDualEncoderModel where it takes both, else `DualEncoderModel`. What is new is named in `new_parameters`.
     """
-    image_ref, text_ref = _noun(ref.image), _noun(ref.text)
-    tokenizer = loading.load_tokenizer(text_ref, texts)
-    changes = _text_changes(tokenizer, text_ref.config) if text_ref.config in CONFIG_MAPPING else {}
-    changes = {k: v for k, v in changes.items() if k not in (text_ref.config_overrides or {})}
+    if ref.image is None or ref.text is None:
+        raise RecipeError("a dual encoder needs an image and a text tower", "give both: model.image and model.text")
+    image_ref, text_ref = noun(ref.image), noun(ref.text)
     image, new_image = load_tower(image_ref, "vision")
-    text, new_text = load_tower(text_ref, "text", **changes)
+    text, new_text, tokenizer = load_text_tower(text_ref, texts)
     model = join(image, text, ref.projection_dim)
     open_clip_models.freeze_unused(model)
     processor = VisionTextDualEncoderProcessor(loading.load_image_processor(image_ref, image.config), tokenizer)
@@ -422,62 +388,13 @@ def load_towers(ref: Model, texts: Iterable[str]) -> Loaded:
     return Loaded(model, TransformersProcessor.of(processor, model.config), origin=origin, new_parameters=new)
 
 
-def _noun(given: Any) -> Model:
-    return given if isinstance(given, Model) else Model(**given) if isinstance(given, dict) else Model(path=given)
-
-
-def load_tower(ref: Model, part: str, **changes: Any) -> tuple[Any, list[str]]:
-    """(tower, names of its new parameters). `part` is `vision` or `text`; of a dual encoder that half is taken."""
-    if ref.image is not None:  # itself two towers
-        return load_tower(_noun(ref.image if part == "vision" else ref.text), part, **changes)
-    if open_clip_models.names_open_clip(ref):
-        raise RecipeError(f"'{ref.path or ref.config}' is a model of open_clip", "take towers of transformers")
-    config = loading.config_of(ref, **changes)
-    inner = getattr(config, f"{part}_config", None)
-    if inner is None:
-        loaded = loading.load_model(AutoModel, ref, **changes)
-        _make_identity(loaded.model, loaded.new_parameters)
-        return loaded.model, loaded.new_parameters
-    if ref.path is None:
-        with loading.loading(f"model.config '{ref.config}'"):
-            tower = AutoModel.from_config(inner)
-        return tower, [name for name, _ in tower.named_parameters()]
-    whole = loading.load_model(AutoModel, ref, **changes).model
-    _check_dual(whole, f"model '{ref.path}'")
-    return getattr(whole, f"{part}_model"), []
-
-
-def _make_identity(tower: Any, new: list[str]) -> None:
-    """A pooler that the checkpoint does not have starts as the identity on the first token, so that the projection sees
-    trained features: a random one behind a tanh would scramble them, for good where the tower is locked."""
-    dense = getattr(getattr(tower, "pooler", None), "dense", None)
-    fresh_whole = len(new) == sum(1 for _ in tower.named_parameters())
-    if (
-        fresh_whole
-        or "pooler.dense.weight" not in new
-        or not isinstance(dense, nn.Linear)
-        or dense.in_features != dense.out_features
-    ):
-        return
-    nn.init.eye_(dense.weight)
-    if dense.bias is not None:
-        nn.init.zeros_(dense.bias)
-    if hasattr(tower.config, "pooler_act"):  # of ViT; BERT's is always a tanh
-        tower.config.pooler_act, tower.pooler.activation = "linear", nn.Identity()
-
-
 def join(image: Any, text: Any, projection_dim: int) -> Any:
     """A dual encoder of two towers with fresh projections."""
-    for tower, part in ((image, "image"), (text, "text")):
-        if type(tower.config) not in MODEL_MAPPING:
-            raise RecipeError(
-                f"model.{part}: {type(tower).__name__} cannot be loaded again on its own", "take another encoder"
-            )
-    vision_pooling, vision_width, plain_image = _read(image, _image_probe(image.config))
-    text_pooling, text_width, plain_text = _read(
-        text, {"input_ids": torch.zeros(1, 4, dtype=torch.int64)}, token_type_ids=None, position_ids=None
-    )
-    if plain_image and plain_text:
+    check_loads_again(image, "image")
+    check_loads_again(text, "text")
+    seen = read(image, image_probe(image.config))
+    said = read(text, text_probe(), token_type_ids=None, position_ids=None)
+    if seen.plain and said.plain:
         config = VisionTextDualEncoderConfig.from_vision_text_configs(
             image.config, text.config, projection_dim=projection_dim
         )
@@ -485,10 +402,10 @@ def join(image: Any, text: Any, projection_dim: int) -> Any:
     own = DualEncoderConfig(
         vision_config=image.config.to_dict(),
         text_config=text.config.to_dict(),
-        vision_pooling=vision_pooling,
-        text_pooling=text_pooling,
-        vision_embed_dim=vision_width,
-        text_embed_dim=text_width,
+        vision_pooling=seen.pooling,
+        text_pooling=said.pooling,
+        vision_embed_dim=seen.width,
+        text_embed_dim=said.width,
         projection_dim=projection_dim,
     )
     return _start_projections(DualEncoderModel(own, image, text))
@@ -500,73 +417,3 @@ def _start_projections(model: Any) -> Any:
     for projection in (model.visual_projection, model.text_projection):
         nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
     return model
-
-
-def _image_probe(config: Any) -> dict[str, torch.Tensor]:
-    size = getattr(config, "image_size", None) or 64
-    height, width = (size, size) if isinstance(size, int) else size
-    return {"pixel_values": torch.zeros(1, getattr(config, "num_channels", 3), height, width)}
-
-
-def _read(tower: Any, probe: dict[str, torch.Tensor], **optional: None) -> tuple[str, int, bool]:
-    """(pooling, width, whether VisionTextDualEncoder can read it), from one run on zeros."""
-    training, dtype = tower.training, next(tower.parameters()).dtype
-    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in probe.items()}
-    tower.eval()
-    with torch.no_grad(), loading.loading(f"{type(tower).__name__} as a tower"):
-        try:
-            output, takes_all = tower(**inputs, **optional), True
-        except TypeError:
-            output, takes_all = tower(**inputs), False
-    tower.train(training)
-    pooled = getattr(output, "pooler_output", None)
-    how = "pooler" if pooled is not None else "mean"
-    width = pool(output, how).shape[1]
-    plain = (
-        takes_all and pooled is not None and pooled.dim() == 2 and getattr(tower.config, "hidden_size", None) == width
-    )
-    return how, width, plain
-
-
-class TransformersProcessor:
-    """Images and texts to a transformers model's inputs.
-
-    limit: tokens that the text tower takes. fixed: pad every text to the limit, as SigLIP's tower was trained to see.
-    """
-
-    def __init__(self, processor: Any, limit: int, fixed: bool):
-        self.processor, self.limit, self.fixed = processor, limit, fixed
-
-    @classmethod
-    def of(cls, processor: Any, config: Any) -> TransformersProcessor:
-        text = config.text_config
-        positions = [
-            n for n in (getattr(text, "max_position_embeddings", None), processor.tokenizer.model_max_length) if n
-        ]
-        return cls(processor, min(positions), "siglip" in config.model_type or "siglip" in text.model_type)
-
-    def images(self, images: list[Any]) -> dict[str, Any]:
-        return dict(self.processor.image_processor(images, return_tensors="pt"))
-
-    def texts(self, texts: list[str], max_length: int) -> dict[str, Any]:
-        encoded = loading.encode(self.processor.tokenizer, texts, max_length=min(max_length, self.limit))
-        return {k: v for k, v in encoded.items() if k in _TEXT_INPUTS}
-
-    def pad(self, tokens: dict[str, list[Any]]) -> dict[str, torch.Tensor]:
-        names = self.processor.tokenizer.model_input_names
-        how: dict[str, Any] = {"padding": "max_length", "max_length": self.limit} if self.fixed else {"padding": True}
-        padded = self.processor.tokenizer.pad(
-            tokens, return_tensors="pt", return_attention_mask="attention_mask" in names, **how
-        )
-        return dict(padded)
-
-    def signature(self) -> dict[str, Any]:
-        vocabulary = loading.tokenizer_signature(self.processor.tokenizer)
-        return {
-            **vocabulary,
-            **loading.image_signature(self.processor.image_processor),
-            "padded_to": self.limit if self.fixed else None,
-        }
-
-    def save_pretrained(self, folder: Path) -> None:
-        self.processor.save_pretrained(folder)

@@ -5,6 +5,7 @@ Weights come from safetensors alone, remote code is off, and a head is never rep
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 from collections import Counter
@@ -22,6 +23,9 @@ from kt_hf.recipe import Model
 from kt_hf.task import FACTS, Loaded
 
 logger = logging.getLogger(__name__)
+
+OWN = {"kt_hf_dual_encoder": "kt_hf.dual_encoder", "kt_hf_fusion": "kt_hf.fusion_model"}
+"""Model types of our own -> the module that registers them with transformers."""
 
 
 @contextmanager
@@ -91,7 +95,14 @@ def config_of(ref: Model, **changes: Any) -> Any:
             raise RecipeError(
                 f"model.config: '{source}' is neither a model type nor a folder", nearest(source, CONFIG_MAPPING)
             )
-        return AutoConfig.from_pretrained(source, revision=ref.revision, trust_remote_code=False, **changes)
+        try:
+            return AutoConfig.from_pretrained(source, revision=ref.revision, trust_remote_code=False, **changes)
+        except ValueError as error:  # transformers does not know our own types before their modules are imported
+            module = next((module for name, module in OWN.items() if f"`{name}`" in str(error)), None)
+            if module is None:
+                raise
+            importlib.import_module(module)
+            return AutoConfig.from_pretrained(source, revision=ref.revision, trust_remote_code=False, **changes)
 
 
 def unset_fields(ref: Model, wanted: dict[str, Any]) -> dict[str, Any]:
@@ -117,7 +128,7 @@ def load_model(
     by_class: names the modules that have an output for every class, where a new set of classes does not make all of the
     head new.
     """
-    if ref.path is not None and (Path(ref.path) / ADAPTER).is_file():
+    if is_adapter(ref):
         return load_adapter(auto, ref, labels)
     config = config_of(ref, **changes)
     if ref.path is None:
@@ -232,6 +243,10 @@ def local(ref: Model) -> Model:
 
 
 ADAPTER = "adapter_config.json"
+
+
+def is_adapter(ref: Model) -> bool:
+    return ref.path is not None and (Path(ref.path) / ADAPTER).is_file()
 
 
 def load_adapter(auto: Any, ref: Model, labels: list[str] | None) -> Loaded:

@@ -126,7 +126,7 @@ class Model(Noun):
     path: a folder, a Hub id, or `@stage`. config: a model type such as `vit` or a folder or Hub id with a
     config.json; `config_overrides` changes its fields. processor: where the tokenizer or image processor comes from,
     if not from the model; replace_head: give the model a new head when its labels differ from the data's. image,
-    text, projection_dim: the two towers of a dual encoder and the width of the space they share.
+    text, audio, projection_dim: the towers of a model that is made of several, and the width of the space they share.
     """
 
     def __init__(
@@ -143,6 +143,7 @@ class Model(Noun):
         replace_head: bool = False,
         image: Named | None = None,
         text: Named | None = None,
+        audio: Named | None = None,
         projection_dim: Positive = 512,
         **unknown: Any,
     ): ...
@@ -338,6 +339,8 @@ class Recipe(Noun):
 
 STAGES: dict[str, type[Stage]] = {cls.verb: cls for cls in (Train, Merge, Ensemble, Evaluate)}
 BASELINES = ("majority", "zero_shot")
+TOWERS = ("image", "text", "audio")
+"""Settings of a `Model` that are models."""
 
 
 def plain(value: Any) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 
 from kt_hf import settings
 from kt_hf.errors import Collector, RecipeError, nearest
-from kt_hf.nouns import Data, name_of, plain, verb_of
+from kt_hf.nouns import TOWERS, Data, name_of, plain, verb_of
 from kt_hf.recipe_yaml import read_value
 
 Change = tuple[list[str], Any]
@@ -26,8 +26,8 @@ REPLACES = {
     "warmup_ratio": "warmup_steps",
     "warmup_steps": "warmup_ratio",
 }
-_MODELS, _PLUGINS, _TOWERS = ("model", "base"), ("task", "method"), ("image", "text")
-_OF_BOTH_TOWERS = (*_TOWERS, "projection_dim", "dtype", "attn_implementation")
+_MODELS, _PLUGINS = ("model", "base"), ("task", "method")
+_OF_ALL_TOWERS = (*TOWERS, "projection_dim", "dtype", "attn_implementation")
 
 
 def normalise(recipe: Any) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def _spell_out(changes: Sequence[Change]) -> list[Change]:
         noun = (
             path[-1] in ("model", "base", "training")
             or path == ["data"]
-            or (path[-2:-1] == ["model"] and path[-1] in _TOWERS)
+            or (path[-2:-1] == ["model"] and path[-1] in TOWERS)
         )
         named_set = path[:1] == ["data"] and len(path) == 2 and path[1] not in settings.parameters(Data)
         if isinstance(value, dict) and value and (noun or path[-1] == "data"):
@@ -125,13 +125,13 @@ def _spell_out(changes: Sequence[Change]) -> list[Change]:
 
 
 def _kind(path: list[str]) -> str:
-    """`whole` where a setting says which data or model is meant, `tower` for one half of a dual encoder, else
+    """`whole` where a setting says which data or model is meant, `tower` for a part of a model, else
     nothing.
     """
     if len(path) < 2:
         return ""
     last, owner = path[-1], path[-2]
-    tower = len(path) > 2 and owner in _TOWERS and path[-3] == "model"
+    tower = len(path) > 2 and owner in TOWERS and path[-3] == "model"
     if last == "path" and (owner == "data" or (path[0] == "data" and len(path) == 3)):
         return "whole"
     if last in ("path", "config") and (owner in _MODELS or tower):
@@ -149,7 +149,7 @@ def _start_anew(raw: dict[str, Any], path: list[str]) -> None:
     if isinstance(node, dict) and not (path[-2] == "data" and several(node)):
         node.clear()
     if _kind(path) == "tower" and isinstance(outer, dict):
-        for key in [key for key in outer if key not in _OF_BOTH_TOWERS]:
+        for key in [key for key in outer if key not in _OF_ALL_TOWERS]:
             del outer[key]
 
 
@@ -260,7 +260,7 @@ def _enter(raw: dict[str, Any], node: Any, path: list[str], i: int) -> Any:
         shared = raw.get("data")
         known = shared.get(found) if isinstance(shared, dict) and several(shared) else None
         found = node[part] = copy.deepcopy(known) if isinstance(known, dict) else {"path": found}
-    elif isinstance(found, str) and (part in (*_MODELS, "data") or (path[i - 1 : i] == ["model"] and part in _TOWERS)):
+    elif isinstance(found, str) and (part in (*_MODELS, "data") or (path[i - 1 : i] == ["model"] and part in TOWERS)):
         found = node[part] = {"path": found}
     elif isinstance(found, str) and part in _PLUGINS:
         found = node[part] = {found: {}}

@@ -19,6 +19,7 @@ from kt_hf.checking import (
 from kt_hf.nouns import (
     BASELINES,
     STAGES,
+    TOWERS,
     Data,
     Ensemble,
     Evaluate,
@@ -39,6 +40,7 @@ from kt_hf.recipe_yaml import from_yaml, to_yaml
 __all__ = [
     "BASELINES",
     "STAGES",
+    "TOWERS",
     "Change",
     "Data",
     "Ensemble",

@@ -70,7 +70,7 @@ class Context:
             if isinstance(value, str) and value.startswith("@"):
                 other = self.stage(value[1:])
                 given[key] = str(folders.stage_folder(self.root, other.name, seed if other.seeds > 1 else 0) / "model")
-        for tower in ("image", "text"):
+        for tower in grammar.TOWERS:
             if given.get(tower) is not None:
                 given[tower] = self.resolve(getattr(model, tower), seed)
         return Model(**given)

@@ -14,7 +14,7 @@ import torch
 from kt_hf import ensembling, settings, stages
 from kt_hf.errors import KtError
 from kt_hf.facts import Run, load_frozen
-from kt_hf.recipe import Merge, Model, Train
+from kt_hf.recipe import TOWERS, Merge, Model, Train
 from kt_hf.task import Loaded
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def fresh(context: Context, ref: Model | None) -> Model | None:
         if not (Path(ref.path) / "config.json").is_file():
             return None
         return Model(**{**{k: v for k, v in ref.given.items() if k not in ("path", "revision")}, "config": ref.path})
-    towers = {t: fresh(context, getattr(ref, t)) for t in ("image", "text") if getattr(ref, t) is not None}
+    towers = {t: fresh(context, getattr(ref, t)) for t in TOWERS if getattr(ref, t) is not None}
     if None in towers.values():
         return None
     return Model(**{**ref.given, **towers})

@@ -237,7 +237,8 @@ def _train_lineage(context: Context, stage: Train, loaded: Loaded, revisions: di
     elif resolved.config:
         lineage["config"] = resolved.config
     else:
-        lineage["image"], lineage["text"] = (str(t.path or t.config) for t in (resolved.image, resolved.text))
+        towers = {name: getattr(resolved, name) for name in grammar.TOWERS}
+        lineage |= {name: str(t.path or t.config) for name, t in towers.items() if t is not None}
     for item in stage.strategies:
         name, given = grammar.named(item)
         for key, ref in grammar.settings.references(registry.load("strategy", name), given, "model").items():

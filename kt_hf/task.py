@@ -207,6 +207,11 @@ class Task:
         """How many of each unit the batch holds; at least `example`."""
         return {"example": len(batch["index"])}
 
+    def choose(self, model: nn.Module, batch: Batch) -> Batch:
+        """What the model decides of a training batch before it is run on it, such as which of its rows make a hard
+        pair. Without gradient, under a seed, once per micro-batch: teachers and chunks see the same."""
+        return batch
+
     def scores(self, outputs: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """(scores_NC, weight_N): logits over classes for every unit, weight 0 where a unit does not count."""
         raise NotMeaningful(f"{type(self).__name__} has no scores over classes", "use another strategy or task")

@@ -25,10 +25,10 @@ class Contrastive(Strategy):
 
     loss: `clip`, a softmax over the batch in both directions, or `siglip`, a sigmoid for every pair. lock_image,
     lock_text: train only the other tower and the projections; unlocked_layers: the last layers of a locked tower that
-    are trained all the same. max_logit_scale: the factor on cosine similarities is kept below it (`clip` alone; 0 for
-    no limit). Scale and bias of a fresh model start at the papers' values, those of a checkpoint are kept. A model
-    without a place for SigLIP's bias is trained with one of the strategy's own, which is not exported: it shifts all
-    logits alike.
+    are trained all the same. alpha: weight of this loss, where the task has one of its own, which keeps 1 - alpha.
+    max_logit_scale: the factor on cosine similarities is kept below it (`clip` alone; 0 for no limit). Scale and bias
+    of a fresh model start at the papers' values, those of a checkpoint are kept. A model without a place for SigLIP's
+    bias is trained with one of the strategy's own, which is not exported: it shifts all logits alike.
     """
 
     paper = (
@@ -46,12 +46,13 @@ class Contrastive(Strategy):
         lock_image: bool = False,
         lock_text: bool = False,
         unlocked_layers: Annotated[int, Field(ge=0)] = 0,
+        alpha: Annotated[float, Field(gt=0, le=1)] = 1.0,
         max_logit_scale: Annotated[float, Field(ge=0)] = 100.0,
     ):
         super().__init__()
         self.kind, self.unlocked_layers, self.max_logit_scale = loss, unlocked_layers, max_logit_scale
         self.locked = [tower for tower, lock in (("image", lock_image), ("text", lock_text)) if lock]
-        self.rank, self.world = 0, 1
+        self.alpha, self.rank, self.world = alpha, 0, 1
 
     def describe(self) -> str:
         name = {"clip": "CLIP", "siglip": "SigLIP"}[self.kind]
@@ -60,7 +61,7 @@ class Contrastive(Strategy):
         return f"{name} loss over the global batch{locked}{but}"
 
     def task_weight(self, progress: float) -> float:
-        return 0.0
+        return 1.0 - self.alpha
 
     # --- surgery ---
 
@@ -68,7 +69,8 @@ class Contrastive(Strategy):
         inner = loading.unwrap(model)
         if not hasattr(run.task, "towers") or not hasattr(inner, "logit_scale"):
             raise NotMeaningful(
-                "contrastive: this model has no image and text towers", "use the task zero-shot-image-classification"
+                "contrastive: this model has no image and text towers",
+                "use the task zero-shot-image-classification or image-text-matching",
             )
         self.rank, self.world = run.rank, run.world
         locked = self._locked_names(model, run.task)
@@ -135,7 +137,7 @@ class Contrastive(Strategy):
         bias = outputs.logit_bias if outputs.logit_bias is not None else getattr(self, "logit_bias", None)
         with torch.autocast(outputs.image_embeds.device.type, enabled=False):
             value = self._whole(step, outputs, bias) if self.world == 1 else self._share(step, outputs, bias)
-        return {self.kind: value, "logit_scale": step.once(outputs.logit_scale.detach())}
+        return {self.kind: self.alpha * value, "logit_scale": step.once(outputs.logit_scale.detach())}
 
     def _whole(self, step: Any, outputs: Any, bias: torch.Tensor | None) -> torch.Tensor:
         """One process has all rows: open_clip's losses as they are."""

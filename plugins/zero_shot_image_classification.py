@@ -276,9 +276,9 @@ class ZeroShotImageClassification(classification.Classification, Task):
 
     def layers(self, model: nn.Module) -> list[list[str]]:
         """Both towers' layers as one sequence, by relative depth."""
-        from kt_hf import dual_encoder
+        from kt_hf import towers
 
-        return dual_encoder.by_depth(list(self.towers(model).values()))
+        return towers.by_depth(list(self.towers(model).values()))
 
     def head(self, model: nn.Module) -> list[str]:
         """The projections into the shared space, where they are modules (some of open_clip's are bare parameters)."""

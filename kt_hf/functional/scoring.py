@@ -105,3 +105,19 @@ def mean_recall(counts_NCC: np.ndarray, weights_N: np.ndarray) -> float:
     total_C = counts_CC.sum(1)
     there_C = total_C > 0
     return float((counts_CC.diagonal()[there_C] / total_C[there_C]).mean()) if there_C.any() else 0.0
+
+
+def roc_auc(groups_N: np.ndarray, positive_N: np.ndarray, weights_N: np.ndarray) -> float:
+    """Area under the ROC curve, each row counted `weights_N` times: the share of pairs of a positive and a negative row
+    in which the positive one scores higher, equal scores counting half. 0.5 where one of the two kinds is missing.
+
+    Groups number the distinct scores from the smallest, as `np.unique(x, return_inverse=True)` does. Equal to
+    scikit-learn's `roc_auc_score(sample_weight=weights_N)`. Hanley & McNeil 1982, "The meaning and use of the area
+    under a ROC curve", Radiology 143.
+    """
+    size = int(groups_N.max(initial=-1)) + 1
+    yes_G = np.bincount(groups_N, weights_N * positive_N, size)
+    no_G = np.bincount(groups_N, weights_N * ~positive_N, size)
+    total = yes_G.sum() * no_G.sum()
+    below_G = np.cumsum(no_G) - no_G / 2
+    return float((yes_G * below_G).sum() / total) if total else 0.5

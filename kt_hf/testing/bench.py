@@ -24,7 +24,7 @@ from kt_hf.bundle import Frozen
 from kt_hf.data import DataInfo
 from kt_hf.errors import RecipeError
 from kt_hf.facts import Run
-from kt_hf.recipe import Data, Model, Training
+from kt_hf.recipe import TOWERS, Data, Model, Training
 from kt_hf.strategy import Strategy
 from kt_hf.task import Loaded, Task
 from kt_hf.trainer import Result, Trainer
@@ -47,7 +47,7 @@ def fresh_model(task: str, dropout: float = 0.0) -> Model:
 
 
 def _fresh(given: dict[str, Any], dropout: float) -> Model:
-    fields: dict[str, Any] = {k: _fresh(v, dropout) if k in ("image", "text", "audio") else v for k, v in given.items()}
+    fields: dict[str, Any] = {k: _fresh(v, dropout) if k in TOWERS else v for k, v in given.items()}
     overrides = fields.get("config_overrides", {})
     drop = {name: dropout for name in overrides if name.endswith(_DROPOUT)}
     if overrides:

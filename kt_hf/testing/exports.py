@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from kt_hf import loading
 from kt_hf.loader import Collate, Rows
 from kt_hf.task import Loaded
 from kt_hf.testing.bench import Bench
@@ -54,7 +56,6 @@ def plain_model(folder: Path) -> Any:
         import open_clip
 
         return open_clip.create_model(f"local-dir:{folder}")
-    import transformers
-
-    architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
-    return getattr(transformers, architecture).from_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    library = importlib.import_module(loading.OWN.get(config["model_type"], "transformers"))
+    return getattr(library, config["architectures"][0]).from_pretrained(folder)
