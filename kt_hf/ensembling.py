@@ -57,9 +57,7 @@ def members(folder: Path) -> tuple[list[Path], Any]:
     return [folder / name for name in facts["members"]], method.combine
 
 
-def save(
-    folder: Path, parents: list[Path], name: str, method: Any, task: str, labels: list[str] | None = None
-) -> None:
+def save(folder: Path, parents: list[Path], name: str, method: Any, task: str, labels: list[str] | None = None) -> None:
     """Write the folder; members are hard links where the file system allows, else copies. labels: those of all."""
     for i, parent in enumerate(parents):
         shutil.copytree(parent, folder / "members" / str(i), copy_function=_link)

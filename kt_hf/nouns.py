@@ -126,7 +126,8 @@ class Model(Noun):
     path: a folder, a Hub id, or `@stage`. config: a model type such as `vit` or a folder or Hub id with a
     config.json; `config_overrides` changes its fields. processor: where the tokenizer or image processor comes from,
     if not from the model; replace_head: give the model a new head when its labels differ from the data's. cut_head:
-    take those outputs of its head away whose classes the data do not have. image, text, projection_dim: the two towers of a dual encoder and the width of the space they share.
+    take those outputs of its head away whose classes the data do not have. image, text, projection_dim: the two towers
+    of a dual encoder and the width of the space they share.
     """
 
     def __init__(
@@ -230,8 +231,9 @@ class Train(Stage):
     """Trains a model with a stack of strategies, each written as its name or as `{name: settings}`.
 
     search: settings by their paths (`training.x`, `strategies.name.x`), each with a list of values to try, or a range
-    `{low, high, log}`; the best on validation data is kept. With `trials`, so many combinations are drawn. compare: baselines of the report: `majority`, `zero_shot` (this stage's model before training), or `@stage`.
-    when_used: leave the stage out unless another one refers to it. push_to_hub: repository for the stage's model.
+    `{low, high, log}`; the best on validation data is kept. With `trials`, so many combinations are drawn. compare:
+    baselines of the report: `majority`, `zero_shot` (this stage's model before training), or `@stage`. when_used: leave
+    the stage out unless another one refers to it. push_to_hub: repository for the stage's model.
     """
 
     verb = "train"
