@@ -14,6 +14,7 @@ SOURCE, TARGET = ["cat", "dog"], ["bird", "deer", "frog", "horse"]
 RATES = {"training.learning_rate": [1e-3, 3e-3]}
 START = Model("@source", replace_head=True)  # its head knows cats and dogs
 WAYS = ["@scratch", "@lower_fixed", "@all_layers"]
+PAIR = ["@source", "@all_layers"]
 
 recipe = Recipe(
     name="animals",
@@ -72,14 +73,9 @@ recipe = Recipe(
             model=Model("@shared", cut_head=True),  # asked for the target's classes alone, as the others are
             compare=["majority", *WAYS],
         ),
-        # 4. fusion: outputs of both models over all classes, weighted by validation data
-        Ensemble(
-            "fusion",
-            {"mean": {"weights": "fit"}},
-            data="both",
-            models=["@source", "@all_layers"],
-            compare=["majority", "@shared"],
-        ),
+        # 4. fusion over all classes, weights from validation data: of probabilities, and of logits
+        Ensemble("mixture", {"mean": {"weights": "fit"}}, data="both", models=PAIR, compare=["majority", "@shared"]),
+        Ensemble("fusion", "weighted", data="both", models=PAIR, compare=["majority", "@shared", "@mixture"]),
     ],  # 5. evaluation and optimisation: the report, with what each search tried
 )
 
