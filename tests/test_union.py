@@ -15,10 +15,10 @@ import torch
 from scipy import optimize
 from transformers import AutoModelForImageClassification, ViTImageProcessor
 
-from kt_hf import Data, Ensemble, Evaluate, Model, Recipe, Train, ensembling, inference, run
+from kt_hf import Data, Ensemble, Evaluate, Model, Recipe, Train, ensembling, inference, registry, run
 from kt_hf.errors import RecipeError
 from kt_hf.facts import load_frozen
-from kt_hf.functional.mixing import mixture_weights, place
+from kt_hf.functional.mixing import mixture_weights, output_weights, place, weighted_outputs
 
 DATA = ["owl", "cat", "bear", "dog"]
 MEMBERS = {"pets": ["cat", "dog"], "wild": ["Owl", "dog", "bear", "emu"]}
@@ -102,6 +102,86 @@ def test_members_without_a_class_in_common_are_weighed_by_their_share_of_the_row
     impossible = torch.cat([chances_KN, torch.zeros(2, 3)], 1)
     torch.testing.assert_close(mixture_weights(impossible), mixture_weights(chances_KN))
     assert mixture_weights(torch.zeros(2, 0)).tolist() == [0.5, 0.5]
+
+
+# --- weighted logits --------------------------------------------------------------------------------------------------
+
+
+def strangers(seed: int = 0, rows: int = 400) -> tuple[torch.Tensor, torch.Tensor]:
+    """(scores_KNC, labels_N) of two members that know two of four classes each. They are as sure of rows that are not
+    theirs as of their own, but say it less loudly."""
+    draw = torch.Generator().manual_seed(seed)
+    labels_N = torch.arange(rows) % 4
+    scores_KNC = torch.full((2, rows, 4), float("-inf"))
+    for k in (0, 1):
+        own = labels_N // 2 == k
+        noise_N2 = torch.randn(rows, 2, generator=draw)
+        signal_N2 = 8.0 * torch.nn.functional.one_hot(labels_N % 2, 2) * own[:, None]
+        scores_KNC[k, :, 2 * k : 2 * k + 2] = signal_N2 + 3.0 * noise_N2 - 8.0 * ~own[:, None]
+    return scores_KNC, labels_N
+
+
+def cross_entropy(
+    scores_KNC: torch.Tensor, labels_N: torch.Tensor, weights: list[float], offsets: list[float]
+) -> float:
+    return float(torch.nn.functional.nll_loss(weighted_outputs(scores_KNC, weights, offsets), labels_N))
+
+
+def test_logits_are_added_by_those_who_know_the_class():
+    inf = float("-inf")
+    scores_KNC = torch.tensor([[[1.0, 2.0, inf, inf]], [[inf, 0.5, -1.0, inf]]])
+    found = weighted_outputs(scores_KNC, [2.0, 3.0], [0.1, -0.2])
+    by_hand = torch.tensor([[2.0 + 0.1, 4.0 + 0.1 + 1.5 - 0.2, -3.0 - 0.2, inf]]).log_softmax(-1)
+    torch.testing.assert_close(found, by_hand)
+    torch.testing.assert_close(
+        weighted_outputs(scores_KNC[:1, :, :2], [1.0], [5.0]), scores_KNC[0, :, :2].log_softmax(-1)
+    )
+
+
+def test_fitted_weights_are_the_best_and_offsets_have_no_sum():
+    scores_KNC, labels_N = strangers()
+    weights, offsets = output_weights(scores_KNC, labels_N)
+
+    def objective(x: list[float]) -> float:
+        """With the ridge, which is small."""
+        ridge = 1e-4 * sum((a - b) ** 2 for a, b in zip(x, [0.5, 0.5, 0.0, 0.0], strict=True))
+        return cross_entropy(scores_KNC, labels_N, x[:2], x[2:]) + ridge
+
+    best = objective([*weights, *offsets])
+    assert best < cross_entropy(scores_KNC, labels_N, [0.5, 0.5], [0.0, 0.0]) - 0.01
+    assert sum(offsets) == pytest.approx(0, abs=1e-9) and min(weights) >= 0
+    for i in range(4):
+        for step in (-0.05, 0.05):
+            moved = [*weights, *offsets]
+            moved[i] += step
+            assert objective(moved) > best
+    wrong_1NC = torch.where(scores_KNC[:1].isinf(), scores_KNC[:1], -scores_KNC[:1])[:, labels_N < 2]
+    assert output_weights(wrong_1NC, labels_N[labels_N < 2])[0] == [0.0], "never negative"
+    assert output_weights(scores_KNC[:, :0], labels_N[:0]) == ([0.5, 0.5], [0.0, 0.0])
+
+
+def test_strangers_are_told_apart_by_logits_and_not_by_probabilities():
+    scores_KNC, labels_N = strangers()
+    fresh_KNC, fresh_N = strangers(1)
+    shares = {}
+    for name in ("mean", "weighted"):
+        method = registry.load("ensemble", name)(weights="fit")
+        method.fit(scores_KNC, torch.cat([labels_N[:-4], torch.full((4,), -100)]))
+        shares[name] = float((method.combine(fresh_KNC).argmax(-1) == fresh_N).float().mean())
+    assert shares["weighted"] > 0.93 > 0.85 > shares["mean"], shares
+
+
+def test_weights_that_cannot_be_right_are_refused():
+    weighted = registry.load("ensemble", "weighted")
+    for given, told in (
+        ({"weights": "equal"}, "got 'equal'"),
+        ({"offsets": [0.0]}, "offsets without weights"),
+        ({"weights": [1.0]}, "for 2 members"),
+        ({"weights": [1.0, -1.0]}, "no weight negative"),
+        ({"weights": [1.0, 1.0], "offsets": [0.0]}, "for 2 members"),
+    ):
+        with pytest.raises(RecipeError, match=told):
+            weighted(**given).combine(strangers()[0])
 
 
 def test_columns_are_placed():
