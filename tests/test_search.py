@@ -302,15 +302,15 @@ def test_a_list_of_learning_rates_is_a_search(tmp_path):
     assert listed["settings"]["search"] == {"training.learning_rate": RATES}
 
 
-def test_early_stopping_within_trials(tmp_path):
-    """The end of a trial that stopped early is where it is taken from."""
+def test_a_trial_that_stopped_early_is_taken_from_where_it_stopped(tmp_path):
+    """Nothing is learned with this rate: the first evaluation is the best, the third one ends the training."""
     training = {"max_steps": 12, "eval_steps": 1, "early_stopping_patience": 2, "load_best_model_at_end": True}
-    stage = run(recipe({"training.learning_rate": [1e-6, 1e-2]}, training=training, seeds=1), tmp_path / "out")
-    entry = stage["stages"][0]
-    best = next(t for t in entry["trials"][0] if t["chosen"])
-    scores = [point["accuracy"] for point in entry["curves"][0]["evaluation"]]
-    assert max(scores) == best["validation"]
-    assert scores.index(max(scores)) == len(scores) - 3 or len(scores) == 12
+    tried = {"strategies.pull.strength": [0.0, 1.0]}
+    report = run(recipe(tried, training={**training, "learning_rate": 1e-9}, seeds=1), tmp_path / "out")
+    entry = report["stages"][0]
+    evaluations = entry["curves"][0]["evaluation"]
+    assert [point["step"] for point in evaluations] == [1, 2, 3] and entry["cost"]["optimizer_steps"] == 3
+    assert entry["trials"][0][0]["chosen"] and entry["trials"][0][0]["validation"] == evaluations[0]["accuracy"]
 
 
 def test_the_plan_tells_trials_and_steps(tmp_path, capsys):
