@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from kt_hf import randomness
 from kt_hf.clock import named
 from kt_hf.errors import RecipeError
+from kt_hf.functional.mixing import place
 from kt_hf.strategy import Strategy
 from kt_hf.task import Batch, Loaded, Task
 
@@ -333,7 +334,7 @@ class Frozen:
         found = []
         for i, member in enumerate(self.members):
             scores_NC, _ = self.task.scores(self._forward(member, batch), batch)
-            found.append(self.select(scores_NC)[:, self.classes[i]] if self.classes else self.select(scores_NC))
+            found.append(place(self.select(scores_NC), self.classes[i] if self.classes else None))
         return found[0] if self.combine is None else self.combine(torch.stack(found))
 
     def select(self, scores_NC: torch.Tensor) -> torch.Tensor:

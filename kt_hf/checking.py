@@ -7,7 +7,7 @@ import copy
 import re
 from typing import Any
 
-from kt_hf import registry, settings
+from kt_hf import registry, search, settings
 from kt_hf.errors import Collector, IntegrityError, RecipeError, nearest
 from kt_hf.nouns import (
     BASELINES,
@@ -92,6 +92,7 @@ def _fill_in(
         stage.base = _model(stage.base, f"{where}.base", collect)
     if isinstance(stage, Train):
         stage.training, _ = _training(stage.training, common, f"{where}.training", collect)
+        _check_search(stage, where, collect)
     if isinstance(stage, (Train, Evaluate)) and (stage.given.get("model") or top["model"]) is None:
         collect.add(f"{where}: no model", "give the recipe or the stage one: model=DIR_OR_HUB_ID or model.config=TYPE")
     if isinstance(stage, Evaluate) and stage.model is not None and stage.model.config:
@@ -267,6 +268,8 @@ def _model(given: Any, where: str, collect: Collector) -> Model | None:
         collect.add(f"{where}: {' and '.join(kinds)} contradict each other", remedy)
     elif not kinds and len(collect.mistakes) == before:
         collect.add(f"{where}: neither path nor config", "model=DIR_OR_HUB_ID, or model.config=TYPE for a fresh one")
+    if model.replace_head and model.cut_head:
+        collect.add(f"{where}: replace_head and cut_head contradict each other", "choose one of them")
     for tower in TOWERS:
         if getattr(model, tower) is not None:
             setattr(model, tower, _model(getattr(model, tower), f"{where}.{tower}", collect))
@@ -286,6 +289,20 @@ def _training(given: Any, common: dict[str, Any], where: str, collect: Collector
             collect.add(f"{where}{cause}", remedy)
     training.given = own
     return training, own
+
+
+def _check_search(stage: Train, where: str, collect: Collector) -> None:
+    """Whether what a stage's search tries can be tried, alone and together."""
+    before = len(collect.mistakes)
+    search.check(stage, where, collect)
+    if not stage.search or len(collect.mistakes) > before:
+        return
+    said = _contradictions(stage.training)
+    for changes in search.trials(stage):
+        for cause, remedy in _contradictions(search.training_of(stage, changes)):
+            if (cause, remedy) not in said:
+                said.append((cause, remedy))
+                collect.add(f"{where}.search: with {search.words(changes)}, training{cause}", remedy)
 
 
 def _contradictions(t: Training) -> list[tuple[str, str]]:
@@ -331,7 +348,7 @@ def model_refs(stage: Stage) -> dict[str, Any]:
             for i, v in enumerate(value):
                 walk(v, f"{path}.{i}".strip("."))
 
-    for key in ("model", "models", "base", "strategies", "method", "compare"):
+    for key in ("model", "models", "base", "strategies", "search", "method", "compare"):
         walk(getattr(stage, key, None), key)
     return found
 
@@ -365,7 +382,11 @@ def _check_reference(stage: Stage, path: str, ref: str, other: Stage, where: str
     elif isinstance(other, Evaluate):
         cause = f"{where}.{path}: '{ref}' only evaluates and has no model of its own"
         collect.add(cause, "name the stage it evaluates")
-    elif isinstance(other, Ensemble) and not isinstance(stage, Evaluate) and path.split(".")[0] != "strategies":
+    elif (
+        isinstance(other, Ensemble)
+        and not isinstance(stage, Evaluate)
+        and path.split(".")[0] not in ("strategies", "search")
+    ):
         cause = f"{where}.{path}: '{ref}' is an ensemble, a folder of models"
         collect.add(cause, "an ensemble can be evaluated, or teach; name its members instead")
 
@@ -444,6 +465,8 @@ def check_plugins(recipe: Recipe, collect: Collector) -> dict[tuple[str, str], d
             with collect():
                 plugin = registry.load(kind, name)
                 checked[stage.name, f"{kind}:{name}"] = settings.validate(plugin, given, f"{where}.{name}", collect)
+        if isinstance(stage, Train):
+            search.check_strategies(stage, checked, collect)
     return checked
 
 

@@ -111,7 +111,7 @@ class Classification:
 
     def answer(self, predictor: Predictor, info: DataInfo, max_new_tokens: int) -> dict[str, list[Any]]:
         found = predictor.scores(info, "test")["scores"]
-        return self.problem.answer(found, predictor.members[0].labels or [])
+        return self.problem.answer(found, predictor.loaded.labels or [])
 
     def majority(
         self, train: dict[str, Any], predictions: dict[str, np.ndarray], loaded: Loaded, info: DataInfo

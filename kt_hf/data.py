@@ -59,10 +59,11 @@ class DataInfo:
     @property
     def evaluation_split(self) -> str:
         """The split that reports are made on: test, where it has labels, else validation."""
-        for split in ("test", "validation"):
-            if split in self.splits and ("label" not in self.roles or _has_label(self.splits[split])):
-                return split
-        return "train"
+        return next((split for split in ("test", "validation") if self.can_measure(split)), "train")
+
+    def can_measure(self, split: str) -> bool:
+        """Whether there is such a split, with labels where the task has some."""
+        return split in self.splits and ("label" not in self.roles or _has_label(self.splits[split]))
 
     def texts(self) -> Iterator[str]:
         """The training texts, for a tokenizer that is trained on them."""

@@ -2,7 +2,8 @@
 
 `source`: 1,000 upright digits (800 training, 100 validation, 100 test). `target`: the other 797, rotated by about 25
 degrees and noisy (5 training images per class, 150 validation, 597 test). `captions`: the source's training images
-with a caption each, validated and tested on the target. Everything is drawn with fixed seeds.
+with a caption each, validated and tested on the target. `animals`: all digits from 0 to 5, which play the animals of
+CIFAR-10. Everything is drawn with fixed seeds.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ if TYPE_CHECKING:  # recipes read the configurations below, and start without th
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CAPTIONS = ("a handwritten {}", "the digit {}", "a small drawing of the number {}", "somebody wrote a {}")
-NAMES = ("source", "target", "captions")
+ANIMALS = ("deer", "frog", "horse", "cat", "bird", "dog")
+NAMES = ("source", "target", "captions", "animals")
 _SHOTS, _VALIDATION = 5, 150
 
 VIT: dict[str, Any] = {
@@ -47,6 +49,9 @@ def load(name: str | None) -> datasets.DatasetDict:
 
     pixels_NHW, labels_N = _arrays()
     order = np.random.default_rng(20240601).permutation(len(labels_N))
+    if name == "animals":
+        order = order[labels_N[order] < len(ANIMALS)]
+        return _splits(pixels_NHW, labels_N, (order[:700], order[700:800], order[800:]), False, ANIMALS)
     source, target = order[:1000], order[1000:]
     if name in (None, "source"):
         return _splits(pixels_NHW, labels_N, (source[:800], source[800:900], source[900:]), False)
@@ -86,12 +91,16 @@ def _shift(pixels_NHW: np.ndarray) -> np.ndarray:
 
 
 def _splits(
-    pixels: np.ndarray, labels: np.ndarray, parts: tuple[np.ndarray, ...], captions: bool
+    pixels: np.ndarray,
+    labels: np.ndarray,
+    parts: tuple[np.ndarray, ...],
+    captions: bool,
+    names: tuple[str, ...] = WORDS,
 ) -> datasets.DatasetDict:
     import datasets
     from PIL import Image
 
-    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=list(WORDS))}
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=list(names))}
     if captions:
         features["text"] = datasets.Value("string")
     found = {}

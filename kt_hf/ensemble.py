@@ -18,10 +18,12 @@ class EnsembleMethod:
     needs_validation: ClassVar[bool] = False
 
     def fit(self, scores_KNC: torch.Tensor, labels_N: torch.Tensor) -> None:
-        """Choose what `combine` needs on validation data; called where `needs_validation`."""
+        """Choose what `combine` needs on validation data; called where `needs_validation`. labels_N: negative for none.
+        Scores as `combine` has them."""
 
     def combine(self, scores_KNC: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities scores_NC from the members' logits."""
+        """Log-probabilities scores_NC from the members' logits, which are -inf for a class that a member does not
+        know."""
         raise NotImplementedError
 
     def state(self) -> dict[str, Any]:

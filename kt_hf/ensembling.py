@@ -1,23 +1,34 @@
 """Output ensembles: a folder of members that is evaluated, distilled from, and loaded as one.
 
-ensemble.json     method, its fitted settings, the task, the members' folders
+ensemble.json     method, its fitted settings, the task, the classes, the members' folders
 members/0/ ...    ordinary model directories
+
+Members may know different classes: those of the ensemble are the union, by name. A member gives a class that it does
+not know the score -inf.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from kt_hf import registry
+from kt_hf import loading, registry
 from kt_hf.errors import IntegrityError, RecipeError
+from kt_hf.functional.mixing import place
+from kt_hf.recipe import Model
 from kt_hf.task import Batch, Loaded, Task
+
+if TYPE_CHECKING:
+    from kt_hf.data import DataInfo
 
 FORMAT = "kt_hf.ensemble/1"
 
@@ -46,12 +57,13 @@ def members(folder: Path) -> tuple[list[Path], Any]:
     return [folder / name for name in facts["members"]], method.combine
 
 
-def save(folder: Path, parents: list[Path], name: str, method: Any, task: str) -> None:
-    """Write the folder; members are hard links where the file system allows, else copies."""
+def save(folder: Path, parents: list[Path], name: str, method: Any, task: str, labels: list[str] | None = None) -> None:
+    """Write the folder; members are hard links where the file system allows, else copies. labels: those of all."""
     for i, parent in enumerate(parents):
         shutil.copytree(parent, folder / "members" / str(i), copy_function=_link)
     names = [f"members/{i}" for i in range(len(parents))]
     facts = {"format": FORMAT, "method": name, "settings": method.state(), "task": task, "members": names}
+    facts |= {"labels": labels} if labels is not None else {}
     (folder / "ensemble.json").write_text(json.dumps(facts, indent=1))
 
 
@@ -62,14 +74,87 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
+@dataclass
+class Members:
+    """The members of an ensemble, loaded.
+
+    joined: what stands for all: the first one's processor, the classes of all. columns: per member, its class for every
+    class of all, -1 for one that it does not know; None where they are the same.
+    """
+
+    each: list[Loaded]
+    joined: Loaded
+    columns: list[list[int] | None]
+
+
+def load(refs: Sequence[Model], task: Task, info: DataInfo) -> Members:
+    """Load members, which may know some of the data's classes each.
+
+    Raises `RecipeError` for a class that none of them knows, and for members that read their inputs differently.
+    """
+    each = [task.load(ref, _as_known(task, ref, info)) for ref in refs]
+    task.settle(info)  # a member may have seen less
+    return join(each, task, info.labels)
+
+
+def _as_known(task: Task, ref: Model, info: DataInfo) -> DataInfo:
+    """The data with those of their classes that the model knows, where it names some of them."""
+    if task.classes_from != "model" or info.labels is None or ref.path is None:
+        return info
+    own = {loading.label_key(label) for label in loading.known_labels(ref) or []}
+    known = [label for label in info.labels if loading.label_key(label) in own]
+    return dataclasses.replace(info, labels=known) if known else info
+
+
+def join(each: list[Loaded], task: Task, labels: list[str] | None) -> Members:
+    """What members are together. labels: the data's classes."""
+    first = each[0]
+    for other in each[1:]:
+        _check_inputs(task, first, other)
+    if labels is None or any(member.labels is None for member in each):
+        return Members(each, first, [None] * len(each))
+    union = {loading.label_key(label): label for member in each[::-1] for label in member.labels or []}
+    order = list(dict.fromkeys(loading.label_key(label) for member in each for label in member.labels or []))
+    if unknown := [label for label in labels if loading.label_key(label) not in union]:
+        raise RecipeError(
+            f"no member of the ensemble knows {', '.join(unknown[:8])}",
+            "add a member that does, or name the classes to keep with data.labels",
+        )
+    ids = [order.index(loading.label_key(label)) for label in labels]
+    joined = Loaded(first.model, first.processor, [union[key] for key in order], ids, first.origin, first.kind)
+    columns = [_columns(member, order) for member in each]
+    if task.unit == "class" and any(found is not None for found in columns):
+        raise RecipeError(
+            "members with several classes a row must have the same ones, in the same order",
+            "train them on data that name the classes alike: data.labels=[...]",
+        )
+    return Members(each, joined, columns)
+
+
+def _columns(member: Loaded, order: list[str]) -> list[int] | None:
+    own = [loading.label_key(label) for label in member.labels or []]
+    return None if own == order else [own.index(key) if key in own else -1 for key in order]
+
+
+def _check_inputs(task: Task, first: Loaded, other: Loaded) -> None:
+    """Members see one batch: what makes it must be alike."""
+    ours, theirs = task.signature(first), task.signature(other)
+    for key in (ours.keys() & theirs.keys()) - {"labels", "num_scores", "vocabulary_size", "preprocessing"}:
+        if ours[key] != theirs[key]:
+            names = [loaded.origin.get("path") for loaded in (first, other)]
+            raise RecipeError(
+                f"the ensemble's members '{names[0]}' and '{names[1]}' differ in {key}",
+                "combine models of the same vocabulary and preprocessing",
+            )
+
+
 class EnsembleBundle(nn.Module):
     """Members that answer as one; stands where evaluation expects a bundle."""
 
-    def __init__(self, members_: list[Loaded], task: Task, combine: Any):
+    def __init__(self, members_: Members, task: Task, combine: Any):
         super().__init__()
-        self.models = nn.ModuleList([m.model for m in members_])
-        self.members, self.task, self.loaded, self.combine = members_, task, members_[0], combine
-        self.order = [_order(members_[0], m) for m in members_]
+        self.models = nn.ModuleList([m.model for m in members_.each])
+        self.columns, self.task, self.loaded, self.combine = members_.columns, task, members_.joined, combine
 
     def begin_evaluation(self) -> None: ...
 
@@ -82,23 +167,12 @@ class EnsembleBundle(nn.Module):
         if mode == "context":
             return {}
         found, weight_N = [], None
-        for model, order in zip(self.models, self.order, strict=True):
+        for model, columns in zip(self.models, self.columns, strict=True):
             scores_NC, weight_N = self.task.scores(self.task.forward(model, batch), batch)
-            found.append(scores_NC if order is None else scores_NC[:, order])
+            found.append(place(scores_NC, columns))
         width = min(scores.shape[-1] for scores in found)  # vocabularies may be padded to different widths
         scores_KNC = torch.stack([scores[:, :width] for scores in found])
         if mode == "scores":
             return {"scores": scores_KNC.transpose(0, 1), "label": batch["labels"]}
         assert weight_N is not None
         return self.task.from_scores(self.combine(scores_KNC), weight_N, batch)
-
-
-def _order(first: Loaded, other: Loaded) -> list[int] | None:
-    if first.labels is None or first.labels == other.labels:
-        return None
-    if other.labels is None or set(first.labels) != set(other.labels):
-        raise RecipeError(
-            f"ensemble members disagree on labels: {first.labels} and {other.labels}",
-            "combine models of the same classes",
-        )
-    return [other.labels.index(label) for label in first.labels]

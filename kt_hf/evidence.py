@@ -10,6 +10,7 @@ Shapes: S seeds, N test examples, B bootstrap replicates, C classes.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -45,8 +46,8 @@ class SeedEvidence:
     weights_N or None). statistics: per metric that is none, a function of example weights_N. references_N,
     predictions_N: class numbers, negative for unknown. curve: points {step, loss, learning_rate, terms}. evaluations:
     points {step, metric: value} on validation data. cost: the keys of `COSTS`, and `phases`.
-    trials: {learning_rate, metric, validation, seconds, chosen}. range_test: {learning_rate, rates, losses, smoothed,
-    seconds} of a learning rate that was found by a test.
+    trials: {settings, learning_rate, metric, validation, seconds, chosen}. range_test: {learning_rate, rates, losses,
+    smoothed, seconds} of a learning rate that was found by a test.
     """
 
     seed: int
@@ -285,7 +286,7 @@ def _metric(stage: StageEvidence, metric: str, sampler: Sampler, notes: dict[str
 
 
 def _cost(seeds: Sequence[SeedEvidence]) -> dict[str, Any]:
-    """Means over seeds, the values behind them, and the seconds of the learning rates tried in vain."""
+    """Means over seeds, the values behind them, and the seconds of the trials made in vain."""
     per_seed = {key: [s.cost.get(key) for s in seeds] for key in COSTS}
     means = {
         key: float(np.mean([v for v in values if v is not None])) if any(v is not None for v in values) else None
@@ -537,10 +538,11 @@ def _notes(stages: Sequence[StageEvidence], entries: Sequence[Mapping[str, Any]]
     notes = []
     tuned = [s for s in stages if s.seeds[0].trials]
     if tuned:
-        names = _listed([s.name for s in tuned])
-        notes.append(
-            f"Validation labels were used to choose the learning rate of {names}; test labels only to measure."
-        )
+        by_what: dict[str, list[str]] = {}
+        for s in tuned:
+            by_what.setdefault(_chosen(s), []).append(s.name)
+        told = _listed([f"the {w}{'s' * (w == 'setting')} of {_listed(names)}" for w, names in by_what.items()])
+        notes.append(f"Validation labels were used to choose {told}; test labels only to measure.")
     for use in dict.fromkeys(use for s in stages for use in s.validation_uses):
         notes.append(
             f"Validation labels were used for {use} of {_listed([s.name for s in stages if use in s.validation_uses])}."
@@ -572,15 +574,17 @@ def _notes(stages: Sequence[StageEvidence], entries: Sequence[Mapping[str, Any]]
 
 
 def _unequal_choices(stages: Sequence[StageEvidence]) -> list[str]:
-    """A baseline is fair only if it had the same choice of learning rates."""
+    """A baseline is fair only if it had the same choice of settings."""
     by_name = {s.name: s for s in stages}
     notes = []
     for stage in stages:
         for other in (by_name[r[1:]] for r in stage.compare if r.startswith("@") and r[1:] in by_name):
-            mine, theirs = (sorted({float(t["learning_rate"]) for t in s.seeds[0].trials}) for s in (stage, other))
+            mine, theirs = (
+                {json.dumps(t["settings"], sort_keys=True) for t in s.seeds[0].trials} for s in (stage, other)
+            )
             if stage.kind == other.kind == "train" and mine != theirs:
                 told = [
-                    f"{s.name} had {plural(max(1, len(r)), 'learning rate')} to choose from"
+                    f"{s.name} had {plural(max(1, len(r)), _chosen(s))} to choose from"
                     for s, r in ((stage, mine), (other, theirs))
                 ]
                 notes.append(
@@ -589,6 +593,12 @@ def _unequal_choices(stages: Sequence[StageEvidence]) -> list[str]:
                     + "; their comparison is not fair."
                 )
     return notes
+
+
+def _chosen(stage: StageEvidence) -> str:
+    """What the trials of a stage are about: `learning rate`, or `setting` where they are about more."""
+    paths = {path for trial in stage.seeds[0].trials for path in trial["settings"]}
+    return "learning rate" if paths <= {"training.learning_rate"} else "setting"
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -89,21 +89,25 @@ def load_frozen(
 
     folder = Path(str(model.path))
     paths, combine = ensembling.members(folder) if ensembling.is_ensemble(folder) else ([], None)
-    refs = [Model(path=str(p)) for p in paths] or [model]
-    members = [task.load(r, info) for r in refs]
+    together = ensembling.load([Model(path=str(p)) for p in paths], task, info) if paths else None
+    members = [task.load(model, info)] if together is None else together.each
     for member in members:
         member.model.requires_grad_(False).eval().to(device)
     frozen = Frozen(members, task, name, combine, autocast=autocast)
     if student is not None:
         for member in members:
-            frozen.classes.append(_agree(task, student, member, name, frozen))
+            known = member.labels if together is None else together.joined.labels
+            frozen.classes.append(_agree(task, student, member, name, frozen, known))
         if all(c == list(range(len(c))) for c in frozen.classes):
             frozen.classes = []
     return frozen
 
 
-def _agree(task: Task, student: Loaded, teacher: Loaded, name: str, frozen: Frozen) -> list[int]:
-    """Check what teacher and student must share; the teacher's class of every class of the student."""
+def _agree(
+    task: Task, student: Loaded, teacher: Loaded, name: str, frozen: Frozen, known: list[str] | None
+) -> list[int]:
+    """Check what teacher and student must share; the teacher's class of every class of the student, -1 for one that
+    only others of an ensemble know. known: the classes of all of them."""
     ours, theirs = task.signature(student), task.signature(teacher)
     for key in ours.keys() & theirs.keys() - {"labels", "num_scores", "vocabulary_size", "preprocessing"}:
         if ours[key] != theirs[key]:
@@ -125,8 +129,8 @@ def _agree(task: Task, student: Loaded, teacher: Loaded, name: str, frozen: Froz
                 *widths,
                 frozen.num_scores,
             )
-    labels, known = ours.get("labels"), theirs.get("labels")
-    if labels is None or known is None:
+    labels, own = ours.get("labels"), theirs.get("labels")
+    if labels is None or own is None or known is None:
         return []
     if set(labels) != set(known):
         only = sorted(set(labels) ^ set(known))
@@ -134,7 +138,7 @@ def _agree(task: Task, student: Loaded, teacher: Loaded, name: str, frozen: Froz
             f"teacher '{name}' and student do not have the same labels: {', '.join(only[:8])}",
             "train the teacher on the same classes",
         )
-    return [known.index(label) for label in labels]
+    return [own.index(label) if label in own else -1 for label in labels]
 
 
 def _width(model: Any) -> int | None:

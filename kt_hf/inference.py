@@ -41,19 +41,25 @@ TABLES = (".parquet", ".csv", ".tsv", ".json", ".jsonl", ".arrow", ".txt")
 
 @dataclass
 class Predictor:
-    """One model, or the members of an ensemble with the rule that combines them."""
+    """One model, or the members of an ensemble with the rule that combines them and what they are together."""
 
     task: Task
     members: list[Loaded]
     combine: Any = None
+    together: ensembling.Members | None = None
+
+    @property
+    def loaded(self) -> Loaded:
+        """The model, or what stands for all members: their processor and classes."""
+        return self.members[0] if self.together is None else self.together.joined
 
     def scores(self, info: DataInfo, split: str, batch_size: int = 64) -> dict[str, np.ndarray]:
         """Predictions of a split, as the task's `predict` gives them."""
         accelerator = _accelerator()
         inner: Any = (
             Bundle(self.members[0], self.task, {})
-            if self.combine is None
-            else ensembling.EnsembleBundle(self.members, self.task, self.combine)
+            if self.together is None
+            else ensembling.EnsembleBundle(self.together, self.task, self.combine)
         )
         bundle = inner.to(accelerator.device).eval()
         return evaluation.predict(bundle, bundle, accelerator, info, split, batch_size)
@@ -138,12 +144,9 @@ def model_labels(model: str) -> list[str] | None:
     """The class names that a model itself knows."""
     folder = Path(model)
     if ensembling.is_ensemble(folder):
-        return model_labels(str(ensembling.members(folder)[0][0]))
-    if (folder / loading.ADAPTER).is_file():
-        return recorded(model).get("labels")
-    if (folder / "open_clip_config.json").is_file():
-        return None
-    return loading.list_labels(loading.config_of(Model(path=model)))
+        facts = ensembling.describe(folder)
+        return facts["labels"] if "labels" in facts else model_labels(str(folder / facts["members"][0]))
+    return loading.known_labels(Model(path=model))
 
 
 def load(model: str, task: Task, info: DataInfo) -> Predictor:
@@ -151,7 +154,8 @@ def load(model: str, task: Task, info: DataInfo) -> Predictor:
     folder = Path(model)
     if ensembling.is_ensemble(folder):
         paths, combine = ensembling.members(folder)
-        return Predictor(task, [_settled(task.load(Model(path=str(path)), info)) for path in paths], combine)
+        found = ensembling.load([Model(path=str(path)) for path in paths], task, info)
+        return Predictor(task, [_settled(member) for member in found.each], combine, found)
     loaded = task.load(Model(path=model), info)
     if loaded.new_parameters:
         names = ", ".join(loaded.new_parameters[:3])
@@ -305,7 +309,7 @@ def evaluate(model: str, data: str, settings: Sequence[str] = (), *, task: str |
     found = predictor.scores(info, split)
     if "label" in info.roles and "label" in found and not (found["label"] >= 0).any():
         raise DataError(f"no row of {split} has a label", "evaluate on labelled data, or use kt-hf predict")
-    scores = settled.measure(found, predictor.members[0], info)
+    scores = settled.measure(found, predictor.loaded, info)
     metrics = {
         metric: _with_interval(scores, metric, value, len(found["index"])) for metric, value in scores.metrics.items()
     }

@@ -128,6 +128,40 @@ def load_model(
     by_class: names the modules that have an output for every class, where a new set of classes does not make all of the
     head new.
     """
+    loaded = _load_model(auto, ref, labels, by_class, **changes)
+    return _cut_head(loaded, f"model '{ref.path}'") if ref.cut_head else loaded
+
+
+def _cut_head(loaded: Loaded, what: str) -> Loaded:
+    """Without the outputs for classes that the data do not have: the model then chooses among the data's."""
+    names, ids = loaded.labels or [], loaded.label_ids or []
+    if ids == list(range(len(names))):
+        return loaded
+    model: Any = loaded.model
+    inside = [module for name in head_modules(model) for module in model.get_submodule(name).modules()]
+    layers = [module for module in inside if isinstance(module, nn.Linear) and module.out_features == len(names)]
+    if len(layers) != 1:
+        raise RecipeError(
+            f"{what}: its head ends in no linear layer with an output for each of {len(names)} classes",
+            "leave model.cut_head out; classes that the data lack then count as wrong answers",
+        )
+    layer = layers[0]
+    for name, parameter in list(layer.named_parameters()):
+        setattr(layer, name, nn.Parameter(parameter.detach()[ids].clone()))
+    layer.out_features = model.num_labels = len(ids)
+    loaded.labels, loaded.label_ids = [names[i] for i in ids], list(range(len(ids)))
+    model.config.id2label, model.config.label2id = _label_maps(loaded.labels)
+    return loaded
+
+
+def _load_model(
+    auto: Any,
+    ref: Model,
+    labels: list[str] | None,
+    by_class: Callable[[nn.Module], list[str]] | None,
+    /,
+    **changes: Any,
+) -> Loaded:
     if is_adapter(ref):
         return load_adapter(auto, ref, labels)
     config = config_of(ref, **changes)
@@ -294,6 +328,17 @@ def list_labels(config: Any) -> list[str]:
     return [str(config.id2label[i]) for i in sorted(config.id2label)]
 
 
+def known_labels(ref: Model) -> list[str] | None:
+    """The class names that a model itself knows; None where its files name none."""
+    folder = Path(str(ref.path))
+    if (folder / ADAPTER).is_file():
+        facts = json.loads((folder / FACTS).read_text()) if (folder / FACTS).is_file() else {}
+        return facts.get("labels")
+    if (folder / "open_clip_config.json").is_file():
+        return None
+    return list_labels(config_of(ref))
+
+
 def _identity(labels: list[str] | None) -> list[int] | None:
     return None if labels is None else list(range(len(labels)))
 
@@ -302,7 +347,8 @@ def _label_maps(labels: list[str]) -> tuple[dict[int, str], dict[str, int]]:
     return dict(enumerate(labels)), {name: i for i, name in enumerate(labels)}
 
 
-def _key(label: str) -> str:
+def label_key(label: str) -> str:
+    """What makes two names of a class the same."""
     return " ".join(str(label).replace("_", " ").replace("-", " ").casefold().split())
 
 
@@ -310,11 +356,11 @@ def match_labels(data: list[str], model: list[str], what: str, replace: bool) ->
     """(the model's labels, data class -> model class, whether the head is to be replaced)."""
     if data == model:
         return model, list(range(len(data))), False
-    position = {_key(name): i for i, name in enumerate(model)}
-    times = Counter(_key(name) for name in model)  # some name all that they do not use alike
-    if all(times[_key(name)] == 1 for name in data):
-        return model, [position[_key(name)] for name in data], False
-    generic = all(_key(name) == f"label {i}" for i, name in enumerate(model))
+    position = {label_key(name): i for i, name in enumerate(model)}
+    times = Counter(label_key(name) for name in model)  # some name all that they do not use alike
+    if all(times[label_key(name)] == 1 for name in data):
+        return model, [position[label_key(name)] for name in data], False
+    generic = all(label_key(name) == f"label {i}" for i, name in enumerate(model))
     if generic and len(model) == len(data) and not replace:
         logger.warning(
             "%s does not name its labels; they are taken in the order of the data: %s", what, ", ".join(data)
@@ -322,7 +368,7 @@ def match_labels(data: list[str], model: list[str], what: str, replace: bool) ->
         return data, list(range(len(data))), False
     if replace:
         return data, list(range(len(data))), True
-    unknown = [name for name in data if _key(name) not in position]
+    unknown = [name for name in data if label_key(name) not in position]
     raise RecipeError(
         f"{what} has labels {_some(model)}, the data {_some(data)}: {_some(unknown)} unknown to the model",
         "set model.replace_head=true for a new head, or name the classes to keep with data.labels",

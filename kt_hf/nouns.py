@@ -125,8 +125,9 @@ class Model(Noun):
 
     path: a folder, a Hub id, or `@stage`. config: a model type such as `vit` or a folder or Hub id with a
     config.json; `config_overrides` changes its fields. processor: where the tokenizer or image processor comes from,
-    if not from the model; replace_head: give the model a new head when its labels differ from the data's. image,
-    text, audio, projection_dim: the towers of a model that is made of several, and the width of the space they share.
+    if not from the model; replace_head: give the model a new head when its labels differ from the data's. cut_head:
+    take those outputs of its head away whose classes the data do not have. image, text, audio, projection_dim: the
+    towers of a model that is made of several, and the width of the space they share.
     """
 
     def __init__(
@@ -141,6 +142,7 @@ class Model(Noun):
         processor: str | None = None,
         processor_overrides: dict[str, Any] | None = None,
         replace_head: bool = False,
+        cut_head: bool = False,
         image: Named | None = None,
         text: Named | None = None,
         audio: Named | None = None,
@@ -229,8 +231,10 @@ class Stage(Noun):
 class Train(Stage):
     """Trains a model with a stack of strategies, each written as its name or as `{name: settings}`.
 
-    compare: baselines of the report: `majority`, `zero_shot` (this stage's model before training), or `@stage`.
-    when_used: leave the stage out unless another one refers to it. push_to_hub: repository for the stage's model.
+    search: settings by their paths (`training.x`, `strategies.name.x`), each with a list of values to try, or a range
+    `{low, high, log}`; the best on validation data is kept. With `trials`, so many combinations are drawn. compare:
+    baselines of the report: `majority`, `zero_shot` (this stage's model before training), or `@stage`. when_used: leave
+    the stage out unless another one refers to it. push_to_hub: repository for the stage's model.
     """
 
     verb = "train"
@@ -244,6 +248,7 @@ class Train(Stage):
         data: settings.DataRef | None = None,
         model: settings.ModelRef | None = None,
         training: dict[str, Any] | None = None,
+        search: dict[str, Any] | None = None,
         seeds: Repetitions | None = None,
         compare: list[str] | None = None,
         when_used: bool = False,

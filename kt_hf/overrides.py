@@ -48,6 +48,8 @@ def normalise(recipe: Any) -> dict[str, Any]:
             _write_out(stage)
             if isinstance(stage.get("strategies"), list):
                 stage["strategies"] = [{s: {}} if isinstance(s, str) else s for s in stage["strategies"]]
+            if isinstance(stage.get("search"), dict):
+                stage["search"] = _nested(stage["search"])
     return raw
 
 
@@ -57,6 +59,22 @@ def _write_out(node: dict[str, Any]) -> None:
     for key in _PLUGINS:
         if isinstance(node.get(key), str):
             node[key] = {node[key]: {}}
+
+
+def _nested(search: dict[Any, Any]) -> dict[Any, Any]:
+    """`{"a.b": values}` as `{a: {b: values}}`, where overrides find it."""
+    found: dict[Any, Any] = {}
+    for key, value in search.items():
+        *above, last = key.split(".") if isinstance(key, str) else [key]
+        node = found
+        for part in above:
+            node[part] = node[part] if isinstance(node.get(part), dict) else {}
+            node = node[part]
+        if isinstance(value, dict) and isinstance(node.get(last), dict):
+            node[last].update(value)
+        else:
+            node[last] = value
+    return found
 
 
 def several(data: Any) -> bool:
@@ -154,15 +172,18 @@ def _start_anew(raw: dict[str, Any], path: list[str]) -> None:
 
 
 def _make_way(raw: dict[str, Any], path: list[str]) -> None:
-    """Take what a training setting replaces: on the spot, and from all stages where it is the recipe's."""
+    """Take what a training setting replaces: on the spot, from all stages where it is the recipe's, and from what they
+    search."""
     if (path[-2:-1] != ["training"] and path[:1] != ["training"]) or len(path) < 2:
         return
     key = path[path.index("training") + 1]
     other = REPLACES.get(key)
     nodes = [_at(raw, path[: path.index("training") + 1])]
-    if path[0] == "training":
-        stages = raw["stages"] if isinstance(raw.get("stages"), list) else []
-        nodes += [stage.get("training") for stage in stages if isinstance(stage, dict)]
+    stages = raw["stages"] if path[0] == "training" and isinstance(raw.get("stages"), list) else []
+    nodes += [stage.get("training") for stage in stages if isinstance(stage, dict)]
+    nodes += [_at(raw, ["stages", name_of(stage), "search", "training"]) for stage in stages]
+    if path[:1] == ["stages"] and path[2:3] == ["training"]:
+        nodes.append(_at(raw, [*path[:2], "search", "training"]))
     for i, node in enumerate(nodes):
         if isinstance(node, dict):
             node.pop(other, None)
@@ -234,11 +255,28 @@ def _put(node: Any, path: list[str], value: Any, collect: Collector) -> None:
             node[position] = {last: value} if verb_of(node[position]) is None else value
         else:
             node[position] = value
+    elif path == ["data", "path"] and several(node) and _are_parts(node):
+        _move(node, value)
     elif path == ["data", "path"] and several(node):
         names = ", ".join(f"data.{key}.path" for key in node)
         collect.add("data.path: this recipe has several data sets", f"name one of them: {names}")
     else:
         node[last] = value
+
+
+def _are_parts(data: dict[str, Any]) -> bool:
+    """Whether several data sets are read from one place."""
+    sets = [part if isinstance(part, dict) else {"path": part} for part in data.values()]
+    return all((one.get("path"), one.get("name")) == (sets[0].get("path"), sets[0].get("name")) for one in sets)
+
+
+def _move(data: dict[str, Any], path: Any) -> None:
+    """Read all parts from another place. What they share described the old one; what tells them apart stays."""
+    parts = [part for part in data.values() if isinstance(part, dict)]
+    shared = [key for key in parts[0] if all(key in part and part[key] == parts[0][key] for part in parts)]
+    for name, part in data.items():
+        kept = {key: value for key, value in part.items() if key not in shared} if isinstance(part, dict) else {}
+        data[name] = {"path": path, **kept}
 
 
 def _enter(raw: dict[str, Any], node: Any, path: list[str], i: int) -> Any:
@@ -255,7 +293,7 @@ def _enter(raw: dict[str, Any], node: Any, path: list[str], i: int) -> Any:
         return node[position]
     found = node.get(part)
     if found is None:
-        found = node[part] = [{"finetune": {}}] if part == "strategies" else {}
+        found = node[part] = [{"finetune": {}}] if part == "strategies" and path[i - 1] != "search" else {}
     elif isinstance(found, str) and part == "data" and node is not raw:
         shared = raw.get("data")
         known = shared.get(found) if isinstance(shared, dict) and several(shared) else None

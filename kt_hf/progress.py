@@ -68,10 +68,11 @@ class Progress:
 
 
 def title(folder: Path) -> str:
-    """The training of a folder in words: its stage, and its seed or the learning rate that is tried."""
+    """The training of a folder in words: its stage, its seed, and which trial of a search it is."""
     parts, stage = [], folder
     if stage.parent.name == "trials":
-        parts, stage = [f"at {stage.name}"], stage.parent.parent
+        number, _, count = stage.name.partition("-of-")
+        parts, stage = [f"trial {number} of {count}"], stage.parent.parent
     if stage.parent.name == "seeds":
         parts, stage = [f"seed {stage.name}", *parts], stage.parent.parent
     return " ".join([stage.name, *parts])

@@ -22,7 +22,7 @@ STYLES = {"helped": "helped", "hurt": "hurt"}
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 """The page's own promise that it loads nothing and runs nothing."""
 
-COST_AXIS = "seconds per seed, plus the learning rates tried in vain (logarithmic)"
+COST_AXIS = "seconds per seed, plus the settings tried in vain (logarithmic)"
 EXPLAINED = (
     '<p class="soft">Paired difference on each test example; the whisker is its interval over seeds and examples. '
     "Helped or hurt is said when it excludes 0 and there are at least 3 seeds.</p>"
@@ -420,7 +420,7 @@ def _details(stage: Stage) -> str:
     parts = [f"<p>{escape(stage['sentence'])}</p>", '<div class="pair">']
     parts += [f"<div><h4>Metrics</h4>{_metrics_table(stage)}</div>", f"<div><h4>Cost</h4>{_cost_table(stage)}</div>"]
     if trials := _trials_table(stage):
-        parts.append(f"<div><h4>Learning rates tried</h4>{trials}</div>")
+        parts.append(f"<div><h4>Settings tried</h4>{trials}</div>")
     parts.append("</div>")
     if test := stage.get("range_test"):
         drawn = plots.range_test(*(test[k] for k in ("rates", "losses", "smoothed", "learning_rate")))
@@ -463,7 +463,7 @@ def _cost_table(stage: Stage) -> str:
     rate = c["examples_per_second"]
     facts = [
         ("time per seed", _duration(c["seconds"])),
-        ("learning rates tried in vain", _duration(c["trials_seconds"])),
+        ("settings tried in vain", _duration(c["trials_seconds"])),
         ("examples per second", "-" if rate is None else f"{rate:,.0f}"),
         ("optimizer steps", "-" if c["optimizer_steps"] is None else f"{c['optimizer_steps']:,.0f}"),
         ("trained parameters", "-" if c["trained_parameters"] is None else f"{c['trained_parameters']:,.0f}"),
@@ -487,12 +487,18 @@ def _trials_table(stage: Stage) -> str:
     trials = stage["trials"][0] if stage["trials"] else []
     if not trials:
         return ""
-    rows = ""
+    paths, rows = list(trials[0]["settings"]), ""
     for t in trials:
-        score = f"{t.get('metric', '')} {_number(t.get('validation'))}"
-        cells = (f"{t['learning_rate']:g}", score, _duration(t.get("seconds")), "chosen" if t.get("chosen") else "")
+        tried = [_tried(t["settings"].get(path)) for path in paths]
+        score = "not finite" if t.get("validation") is None else f"{t.get('metric', '')} {_number(t['validation'])}"
+        cells = (*tried, score, _duration(t.get("seconds")), "chosen" if t.get("chosen") else "")
         rows += "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
-    return f"<table><tr><th>rate</th><th>on validation data</th><th>time</th><th></th></tr>{rows}</table>"
+    named = "".join(f"<th>{escape(path.partition('.')[2])}</th>" for path in paths)
+    return f"<table><tr>{named}<th>on validation data</th><th>time</th><th></th></tr>{rows}</table>"
+
+
+def _tried(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else _plain(value)
 
 
 def _number(value: float | None) -> str:

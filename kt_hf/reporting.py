@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from kt_hf import checkpoint, evidence, hub, registry, stages
+from kt_hf import checkpoint, evidence, hub, registry, search, skeleton, stages
 from kt_hf import folder as folders
 from kt_hf import recipe as grammar
 from kt_hf.evidence import SeedEvidence, StageEvidence
@@ -60,7 +60,12 @@ def stage_evidence(context: Context, stage: Stage, results: list[dict[str, Any]]
     task, info, first = context.task(stage), context.info(stage), results[0]
     labels = _names(info.labels, first)
     seeds = [_seed_evidence(context, stage, facts, labels) for facts in results]
-    setup = context.setups.get(stage.name)
+    chosen: dict[str, Any] = next((trial["settings"] for trial in first["trials"] if trial["chosen"]), {})
+    setup, searched = context.setups.get(stage.name), search.axes(getattr(stage, "search", None))
+    if chosen and isinstance(stage, Train):
+        searched = searched or {"training.learning_rate": stage.training.learning_rate}
+        context, stage = context.changed(stage, chosen)
+        setup = skeleton.plan_setup(context, stage) if setup else None
     description = [f"{name}: {s.describe()}" for name, s in setup.stack.items()] if setup else _description(stage)
     return StageEvidence(
         name=stage.name,
@@ -86,7 +91,7 @@ def stage_evidence(context: Context, stage: Stage, results: list[dict[str, Any]]
             if not name.startswith("@")
         },
         validation_uses=_validation_uses(context, stage),
-        settings=_settings(context, stage),
+        settings=_settings(context, stage) | ({"search": searched} if chosen else {}),
     )
 
 

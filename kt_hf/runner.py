@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
+import shutil
 import time
 import warnings
 from collections.abc import Sequence
@@ -16,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 
-from kt_hf import augmenting, range_test, registry, sharding, skeleton, stages, streaming, trainer, zero3
+from kt_hf import augmenting, range_test, registry, search, sharding, skeleton, stages, streaming, trainer, zero3
 from kt_hf import data as data_module
 from kt_hf import folder as folders
 from kt_hf import recipe as grammar
@@ -60,6 +62,17 @@ class Context:
             with self.accelerator.main_process_first():
                 self.infos[key] = data_module.prepare(name, data, task)
         return self.infos[key]
+
+    def changed(self, stage: Train, changes: search.Changes) -> tuple[Context, Train]:
+        """The stage with other settings, and what it runs in."""
+        trial, settings = search.apply(stage, self.settings, changes)
+        return (self if trial is stage else dataclasses.replace(self, settings=settings)), trial
+
+    def trials(self, stage: Train) -> list[tuple[str, Context, Train]]:
+        """(what an error calls it, context, stage) of every trial of a search; without one, of the stage itself."""
+        found, where = search.trials(stage), f"stages.{stage.name}"
+        names = [f"{where} with {search.words(changes)}" if len(found) > 1 else where for changes in found]
+        return [(name, *self.changed(stage, changes)) for name, changes in zip(names, found, strict=True)]
 
     def resolve(self, ref: Any, seed: int) -> Model:
         """A model reference with `@stage` replaced by that stage's folder: seed i of it, or its only one."""
@@ -173,7 +186,10 @@ def _execute(context: Context, collect: Collector) -> dict[str, Any]:
     results: dict[str, list[dict[str, Any]]] = {}
     for i, (stage, seed) in enumerate(jobs):
         begun = time.perf_counter()
-        done = folders.finished(folders.stage_folder(context.root, stage.name, seed))
+        folder = folders.stage_folder(context.root, stage.name, seed)
+        done = folders.finished(folder)
+        if done is not None and accelerator.is_main_process:
+            shutil.rmtree(folder / "trials", ignore_errors=True)  # where a run was killed before it did
         if done is None:
             done = stages.perform(context, stage, seed)
             how = f"{time.perf_counter() - begun:.1f} s"
@@ -231,14 +247,15 @@ def check_plugins_build(recipe: Recipe, settings: dict[tuple[str, str], dict[str
         with collect():
             task = stages.build("task", stage.task, stage, settings) if stage.task else None
             if isinstance(stage, Train):
-                stack = stages.build_stack(stage, settings)
-                if task is not None:
-                    trainer.check_stack(stack, stage.training, task, f"stages.{stage.name}")
-                if stage.data is not None:
-                    streaming.check(stage.data[1], stage.training, stack, task, f"stages.{stage.name}")
-                check_streams(stage, stack, recipe, collect)
-                with torch.device("cpu"):
-                    trainer.optimizer.schedule(stage.training, 1)
+                for where, around, trial in Context(None, Path(), recipe, settings).trials(stage):
+                    stack = stages.build_stack(trial, around.settings)
+                    if task is not None:
+                        trainer.check_stack(stack, trial.training, task, where)
+                    if stage.data is not None:
+                        streaming.check(stage.data[1], trial.training, stack, task, where)
+                    check_streams(trial, stack, recipe, collect)
+                    with torch.device("cpu"):
+                        trainer.optimizer.schedule(trial.training, 1)
                 medium = task.augments if task is not None else None
                 augmenting.transforms(stage.data[1].augment if stage.data else None, medium)
             elif isinstance(stage, (Merge, Ensemble)):
@@ -277,20 +294,12 @@ def plan(context: Context, collect: Collector) -> None:
                     raise RecipeError(
                         f"stages.{stage.name}: the data have no training split", "name it: data.splits.train=..."
                     )
-                stack, task, where = (
-                    stages.build_stack(stage, context.settings),
-                    context.task(stage),
-                    f"stages.{stage.name}",
-                )
-                trainer.check_stack(stack, stage.training, task, where)
-                streaming.check(stage.data[1], stage.training, stack, task, where)
-                if isinstance(stage.training.learning_rate, list) and "validation" not in info.splits:
+                if len(search.trials(stage)) > 1 and not info.can_measure("validation"):
                     raise RecipeError(
-                        f"stages.{stage.name}: choosing a learning rate needs validation data", "give one learning rate"
+                        f"stages.{stage.name}: choosing settings needs labelled validation rows, and there are none",
+                        "hold training rows out (data.validation_size), or give one value each",
                     )
-                if stage.training.learning_rate == "auto":
-                    range_test.num_steps(_steps(context, stage))
-                context.setups[stage.name] = skeleton.plan_setup(context, stage)
+                _plan_training(context, stage)
             if isinstance(stage, Ensemble) and type(context.task(stage)).from_scores is Task.from_scores:
                 raise RecipeError(
                     f"stages.{stage.name}: {type(context.task(stage)).__name__} has no output ensembles",
@@ -304,6 +313,24 @@ def plan(context: Context, collect: Collector) -> None:
         for stage in context.recipe.stages:
             with collect():
                 _check_compare(context, stage)
+
+
+def _plan_training(context: Context, stage: Train) -> None:
+    """Check every trial of a stage, or the stage itself, against its task and its model; keeps the first one's
+    setup."""
+    task, sketched = context.task(stage), set[str]()
+    for where, around, trial in context.trials(stage):
+        assert trial.data is not None
+        stack = stages.build_stack(trial, around.settings)
+        trainer.check_stack(stack, trial.training, task, where)
+        streaming.check(trial.data[1], trial.training, stack, task, where)
+        if trial.training.learning_rate == "auto":
+            range_test.num_steps(_steps(around, trial))
+        key = json.dumps(trial.strategies, sort_keys=True, default=str)
+        if key not in sketched:  # setup depends on strategies alone
+            sketched.add(key)
+            setup = skeleton.plan_setup(around, trial)
+            context.setups.setdefault(stage.name, setup)
 
 
 def _check_compare(context: Context, stage: Stage) -> None:
@@ -352,7 +379,8 @@ def foresee(context: Context, time_steps: bool) -> dict[str, list[str]]:
         if sketch is None:
             lines[stage.name] = ["memory: unknown, the model has no configuration here to build it from"]
         else:
-            lines[stage.name] = [str(estimate.memory(context, stage, sketch))]
+            _, around, first = context.trials(stage)[0]
+            lines[stage.name] = [str(estimate.memory(around, first, sketch))]
         if time_steps:
             found.append(timing.measure(context, stage))
             lines[stage.name] += timing.describe(context, stage, found[-1])
@@ -393,8 +421,8 @@ def describe(context: Context, needs: dict[str, list[str]] | None = None) -> str
             if stage.training.learning_rate == "auto":
                 head += f"\n    {range_test.describe(stage.training, steps)}"
             head += "".join(f"\n    {line}" for line in needs.get(stage.name, []))
-            if isinstance(stage.training.learning_rate, list):
-                head += f"\n    learning rate: the best of {stage.training.learning_rate} on validation data"
+            if len(found := search.trials(stage)) > 1:
+                head += f"\n    {search.describe(stage, found, sum(_steps(c, t) for _, c, t in context.trials(stage)))}"
         elif isinstance(stage, (Merge, Ensemble)):
             head += f", {grammar.named(stage.method)[0]} of {', '.join(str(m.path) for m in stage.models)}"
         lines.append(head)

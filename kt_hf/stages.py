@@ -10,21 +10,23 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from kt_hf import checkpoint, elastic, ensembling, evaluation, merging, randomness, registry, trainer
+from kt_hf import checkpoint, elastic, ensembling, evaluation, merging, randomness, registry, search, trainer
 from kt_hf import folder as folders
 from kt_hf import recipe as grammar
 from kt_hf.bundle import Bundle
-from kt_hf.errors import RecipeError
+from kt_hf.errors import NonFiniteError, RecipeError
 from kt_hf.facts import Run
 from kt_hf.feed import training_rows
 from kt_hf.loader import Plan, Rows, Windows, load_batches
 from kt_hf.loading import local
+from kt_hf.progress import title
 from kt_hf.recipe import Ensemble, Evaluate, Merge, Model, Stage, Train, Training
 from kt_hf.task import FACTS, Loaded, Scores
 from kt_hf.tracking import tracking
@@ -65,6 +67,7 @@ def perform(context: Context, stage: Stage, seed: int) -> dict[str, Any]:
     facts.update(stage=stage.name, seed=seed, verb=stage.verb)
     if context.accelerator.is_main_process:
         facts = folders.finish(folder, facts)
+        shutil.rmtree(folder / "trials", ignore_errors=True)
     context.accelerator.wait_for_everyone()
     return facts
 
@@ -102,35 +105,43 @@ def _resident_peak() -> int:
 
 
 def _train(context: Context, stage: Train, seed: int, folder: Path) -> dict[str, Any]:
-    rates = stage.training.learning_rate
-    trials: list[dict[str, Any]] = []
-    result = None
     zero_shot = _measure_start(context, stage, folder) if seed == 0 and "zero_shot" in (stage.compare or []) else None
-    if rates == "auto" and seed > 0:  # as with a list
-        rates = folders.finished(folders.stage_folder(context.root, stage.name, 0))["learning_rate"]  # type: ignore[index]
-    if isinstance(rates, list) and len(rates) > 1:
-        trials, result = _choose_rate(context, stage, seed, folder, rates)
-        rates = max(trials, key=lambda t: t["chosen"])["learning_rate"]
-    rate = rates[0] if isinstance(rates, list) else rates
-    if result is None:
-        result = _train_once(context, stage, seed, folder, rate)
+    changes = search.trials(stage)
+    trials: list[dict[str, Any]] = []
+    place = folder
+    if len(changes) > 1:
+        trials = _try_all(context, stage, folder, changes) if seed == 0 else _first_seed(context, stage)["trials"]
+        best = next(i for i, trial in enumerate(trials) if trial["chosen"])
+        place = _place(folder, best, len(changes)) if seed == 0 else folder
+        changes = [trials[best]["settings"]]
+    context, stage = context.changed(stage, changes[0])
+    if stage.training.learning_rate == "auto" and seed > 0:  # found with the first seed, as what a search chooses
+        found = _first_seed(context, stage)["learning_rate"]
+        context, stage = context.changed(stage, {"training.learning_rate": found})
+    result = _train_once(context, stage, seed, place)
     loaded, task = result.loaded, context.task(stage)
     if context.accelerator.is_main_process:
         save_model(task, loaded, folder / "model", described(context, stage))
-        shutil.rmtree(folder / "trials", ignore_errors=True)
     facts = measured(context, stage, loaded, folder, loaded.model)
     facts["cost"] = {**result.cost, **facts["cost"]}
+    tested = result.range_test
     facts.update(
         curve=result.curve,
         evaluations=result.evaluations,
         trials=trials,
-        learning_rate=result.range_test["learning_rate"] if result.range_test else rate,
-        range_test=result.range_test,
+        learning_rate=tested["learning_rate"] if tested else stage.training.learning_rate,
+        range_test=tested,
         best_step=result.best_step,
     )
     facts["lineage"] = _train_lineage(context, stage, loaded, result.revisions)
     facts["zero_shot"] = zero_shot
     return facts
+
+
+def _first_seed(context: Context, stage: Train) -> dict[str, Any]:
+    found = folders.finished(folders.stage_folder(context.root, stage.name, 0))
+    assert found is not None
+    return found
 
 
 def _measure_start(context: Context, stage: Train, folder: Path) -> str | None:
@@ -147,20 +158,20 @@ def _measure_start(context: Context, stage: Train, folder: Path) -> str | None:
     return None
 
 
-def _train_once(context: Context, stage: Train, seed: int, folder: Path, rate: float | str) -> trainer.Result:
-    made = make_trainer(context, stage, seed, folder, rate, lambda ref: context.resolve(ref, seed))
+def _train_once(context: Context, stage: Train, seed: int, folder: Path, keep: bool = False) -> trainer.Result:
+    """keep: leave a checkpoint of the end, from which the same call takes the result again."""
+    made = make_trainer(context, stage, seed, folder, lambda ref: context.resolve(ref, seed))
+    made.save_end = keep
     with tracking(context, stage, made) as made.track:
         return made.run()
 
 
 def make_trainer(
-    context: Context, stage: Train, seed: int, folder: Path, rate: float | str, resolve: Callable[[Any], Model]
+    context: Context, stage: Train, seed: int, folder: Path, resolve: Callable[[Any], Model]
 ) -> trainer.Trainer:
-    """A training of a stage with one seed and one rate, with its model loaded."""
+    """A training of a stage with one seed, with its model loaded."""
     task, info, data = context.task(stage), context.info(stage), stage.data[1]  # type: ignore[index]
-    training = Training(
-        **{**{k: getattr(stage.training, k) for k in grammar.settings.parameters(Training)}, "learning_rate": rate}
-    )
+    training = Training(**{k: getattr(stage.training, k) for k in grammar.settings.parameters(Training)})
     training.seed = stage.training.seed + seed
     if training.full_determinism:
         torch.use_deterministic_algorithms(True)
@@ -183,48 +194,80 @@ def make_trainer(
     return trainer.Trainer(run, loaded, stack, training, data, None, stream_info, context.until)
 
 
-def _choose_rate(
-    context: Context, stage: Train, seed: int, folder: Path, rates: list[float]
-) -> tuple[list[dict[str, Any]], trainer.Result | None]:
-    """Train with every rate for seed 0 and keep the best on validation data; other seeds take seed 0's choice."""
-    task, info = context.task(stage), context.info(stage)
-    if seed > 0:
-        first = folders.finished(folders.stage_folder(context.root, stage.name, 0))
-        assert first is not None
-        return [t for t in first["trials"]], None
-    higher = task.greater_is_better
-    trials, results = [], []
-    for rate in rates:
-        result = _train_once(context, stage, seed, folder / "trials" / f"{rate:g}", rate)
-        found = _predict(
-            context,
-            task,
-            result.loaded,
-            result.loaded.model,
-            info,
-            "validation",
-            stage.training.per_device_eval_batch_size,
+def _try_all(context: Context, stage: Train, folder: Path, changes: list[search.Changes]) -> list[dict[str, Any]]:
+    """Train with the settings of every trial, with the first seed; what each scores on validation data.
+
+    A finished trial leaves its score and a checkpoint, of which that of the best so far is kept: a search that is
+    continued goes on in the trial that was interrupted, and the chosen one is taken from its checkpoint.
+    """
+    higher, accelerator = context.task(stage).greater_is_better, context.accelerator
+    trials: list[dict[str, Any]] = []
+    for i, change in enumerate(changes):
+        place = _place(folder, i, len(changes))
+        trials.append(_try(context, stage, place, change))
+        best = _best([trial["validation"] for trial in trials], higher)
+        logger.info("%s: %s: %s", title(place), search.words(change), _told(trials[i], i == best))
+        if accelerator.is_main_process:
+            for j in set(range(i + 1)) - {best}:
+                shutil.rmtree(_place(folder, j, len(changes)) / "checkpoints", ignore_errors=True)
+        accelerator.wait_for_everyone()
+    if best is None:
+        raise NonFiniteError(
+            f"stages.{stage.name}: none of {len(trials)} trials had a finite {context.task(stage).metric}: "
+            f"{trials[-1].get('failed', 'not a number')}",
+            "search among lower learning rates",
         )
-        score = task.measure(found, result.loaded, info).metrics[task.metric]
-        trials.append(
-            {
-                "learning_rate": rate,
-                "metric": task.metric,
-                "validation": score,
-                "seconds": result.cost["seconds"],
-                "chosen": False,
-            }
+    return [{**trial, "chosen": i == best} for i, trial in enumerate(trials)]
+
+
+def _place(folder: Path, i: int, count: int) -> Path:
+    return folder / "trials" / f"{i + 1}-of-{count}"
+
+
+def _best(scores: list[float | None], higher: bool) -> int | None:
+    """The first of the best; None where nothing is finite."""
+    finite = [i for i, score in enumerate(scores) if score is not None]
+    return (max if higher else min)(finite, key=lambda i: scores[i], default=None)  # type: ignore[arg-type, return-value]
+
+
+def _told(trial: dict[str, Any], best: bool) -> str:
+    if trial["validation"] is None:
+        return f"failed ({trial.get('failed', 'not a number')})"
+    return f"{trial['metric']} {trial['validation']:.4f} on validation data{', the best so far' if best else ''}"
+
+
+def _try(context: Context, stage: Train, folder: Path, changes: search.Changes) -> dict[str, Any]:
+    """One trial, or what it found when it was run before."""
+    path, info = folder / "trial.json", context.info(stage)
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    if known.get("settings") == changes and known.get("data") == info.fingerprint:
+        return known
+    context, stage = context.changed(stage, changes)
+    task, split, batch_size = context.task(stage), "validation", stage.training.per_device_eval_batch_size
+    trial: dict[str, Any] = {"settings": changes, "metric": task.metric, "validation": None, "seconds": None}
+    began = time.perf_counter()
+    try:
+        result = _train_once(context, stage, 0, folder, keep=True)
+    except NonFiniteError as error:  # of the settings, not of the recipe
+        trial.update(
+            seconds=time.perf_counter() - began, failed=error.cause, learning_rate=stage.training.learning_rate
         )
-        results.append(result)
-    best = sorted(range(len(rates)), key=lambda i: trials[i]["validation"], reverse=higher)[0]
-    trials[best]["chosen"] = True
-    logger.info(
-        "%s: learning rate %g is best on validation data (%s)",
-        stage.name,
-        rates[best],
-        ", ".join(f"{t['learning_rate']:g}: {t['validation']:.4f}" for t in trials),
-    )
-    return trials, results[best]
+    else:
+        found = _predict(context, task, result.loaded, result.loaded.model, info, split, batch_size)
+        score = float(task.measure(found, result.loaded, info).metrics[task.metric])
+        rate = result.range_test["learning_rate"] if result.range_test else stage.training.learning_rate
+        trial.update(seconds=result.cost["seconds"], learning_rate=rate, validation=score if isfinite(score) else None)
+    trial["data"] = info.fingerprint
+    context.accelerator.wait_for_everyone()
+    if context.accelerator.is_main_process:
+        staged = path.with_name(f".{path.name}.partial")
+        with checkpoint.disk(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_json(staged, trial)
+            os.replace(staged, path)
+            checkpoint.fsync_folder(folder)
+    context.accelerator.wait_for_everyone()
+    return trial
 
 
 def _train_lineage(context: Context, stage: Train, loaded: Loaded, revisions: dict[str, str]) -> dict[str, Any]:
@@ -371,8 +414,8 @@ def _ensemble(context: Context, stage: Ensemble, seed: int, folder: Path) -> dic
     method_name = grammar.named(stage.method)[0]
     method = build("ensemble", stage.method, stage, context.settings)
     started = time.perf_counter()
-    loaded = [task.load(m, info) for m in models]
-    bundle = ensembling.EnsembleBundle(loaded, task, method.combine).to(accelerator.device)
+    members = ensembling.load(models, task, info)
+    bundle = ensembling.EnsembleBundle(members, task, method.combine).to(accelerator.device)
     if method.needs_validation:
         if "validation" not in info.splits or task.unit != "example":
             raise RecipeError(
@@ -382,10 +425,11 @@ def _ensemble(context: Context, stage: Ensemble, seed: int, folder: Path) -> dic
         found = evaluation.predict(bundle, bundle, accelerator, info, "validation", 64, mode="scores")
         method.fit(torch.from_numpy(found["scores"]).transpose(0, 1), torch.from_numpy(found["label"]))
     if accelerator.is_main_process:
-        ensembling.save(folder / "model", [Path(str(m.path)) for m in models], method_name, method, type(task).__name__)
+        paths, labels = [Path(str(m.path)) for m in models], members.joined.labels
+        ensembling.save(folder / "model", paths, method_name, method, type(task).__name__, labels)
     found = evaluation.predict(bundle, bundle, accelerator, info, info.evaluation_split, 64)
-    facts = record(context, stage, loaded[0], folder, found)
-    total = sum(p.numel() for m in loaded for p in m.model.parameters())
+    facts = record(context, stage, members.joined, folder, found)
+    total = sum(p.numel() for p in bundle.parameters())
     facts["cost"] = {
         "seconds": time.perf_counter() - started,
         "total_parameters": total,
@@ -405,10 +449,13 @@ def _evaluate(context: Context, stage: Evaluate, seed: int, folder: Path) -> dic
     started = time.perf_counter()
     if ensembling.is_ensemble(Path(str(model.path))):
         paths, combine = ensembling.members(Path(str(model.path)))
-        members = [task.load(Model(path=str(p)), info) for p in paths]
+        members = ensembling.load([Model(path=str(p)) for p in paths], task, info)
         bundle = ensembling.EnsembleBundle(members, task, combine).to(context.accelerator.device)
         found = evaluation.predict(bundle, bundle, context.accelerator, info, info.evaluation_split, 64)
-        facts, total = record(context, stage, members[0], folder, found), sum(p.numel() for p in bundle.parameters())
+        facts, total = (
+            record(context, stage, members.joined, folder, found),
+            sum(p.numel() for p in bundle.parameters()),
+        )
     else:
         randomness.seed_all("load", seed)
         loaded = task.load(model, info)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kt_hf import estimate, range_test, skeleton, stages
+from kt_hf import estimate, range_test, search, skeleton, stages
 from kt_hf import folder as folders
 from kt_hf.errors import RecipeError
 from kt_hf.recipe import Model, Train
@@ -69,14 +69,17 @@ def measure(context: Context, stage: Train) -> Timing | str:
         stand_ins.append(str(model.path))
         return shape
 
+    whole = stage
+    context, stage = context.changed(stage, search.trials(stage)[0])
+    test = stage.training.learning_rate == "auto"
+    if test:
+        context, stage = context.changed(stage, {"training.learning_rate": 1e-6})
     before = _baseline(context.accelerator.device)
     with tempfile.TemporaryDirectory(prefix="kt_hf-") as folder:
-        rate = stage.training.learning_rate
-        number = 1e-6 if rate == "auto" else rate[0] if isinstance(rate, list) else rate
         try:
-            made = stages.make_trainer(context, stage, 0, Path(folder) / stage.name, number, resolve)
+            made = stages.make_trainer(context, stage, 0, Path(folder) / stage.name, resolve)
             try:
-                return _steps(stage, made, before, stand_ins)
+                return _steps(whole, made, before, stand_ins, test)
             finally:
                 made.release()
         except _NotThere as missing:
@@ -95,8 +98,8 @@ def _waits(context: Context, model: Model) -> bool:
     return folders.finished(folders.stage_folder(context.root, path[1:], 0)) is None
 
 
-def _steps(stage: Train, made: Trainer, before: int, stand_ins: list[str]) -> Timing:
-    """Warm up, time, and reckon what the whole stage takes."""
+def _steps(stage: Train, made: Trainer, before: int, stand_ins: list[str], range_tested: bool) -> Timing:
+    """Warm up, time, and reckon what the whole stage takes, were all trials of a search like the first."""
     made.prepare()
     planned, device = made.run_facts.planned_steps, made.run_facts.device
     number = min(WARM + TIMED, planned)
@@ -116,9 +119,8 @@ def _steps(stage: Train, made: Trainer, before: int, stand_ins: list[str]) -> Ti
     each = seconds / (number - warm)
     rows = sum(len(micro["train"]["index"]) for micro in window) * (number - warm)
     evaluated = evaluated_rows(made, planned) / made.run_facts.world
-    rate = stage.training.learning_rate
-    runs = stage.seeds + (len(rate) - 1 if isinstance(rate, list) else 0)
-    test = range_test.num_steps(planned) * each if rate == "auto" else 0.0
+    runs = stage.seeds + len(search.trials(stage)) - 1
+    test = range_test.num_steps(planned) * each if range_tested else 0.0
     evaluation = runs * evaluated * made.clock.seconds["forward"] / max(rows, 1)
     peak = _tensors_at_height(made, *largest)
     above = 0 if device.type == "cuda" else resident["bytes"] - before
@@ -198,6 +200,7 @@ def describe(context: Context, stage: Train, found: Timing | str) -> list[str]:
         f"{minutes(found.evaluation)} for its evaluations{played}"
     ]
     shape = estimate.shape_of(found.largest["train"])
+    _, context, stage = context.trials(stage)[0]
     sketch = skeleton.plan_setup(context, stage)
     expected = estimate.memory(context, stage, sketch, found.largest).peak if sketch else None
     beside = f"estimated {estimate.size_of(expected)}" if expected else "no estimate"

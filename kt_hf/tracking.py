@@ -144,7 +144,7 @@ class Tracker:
 
 
 def run_name(folder: Path) -> str:
-    """The training's stage, its seed, and the rate that it tries where it tries several."""
+    """The training's stage, its seed, and which trial of a search it is."""
     stage, _, rest = title(folder).partition(" ")
     return f"{stage} {rest}" if rest.startswith("seed ") else f"{stage} seed 0 {rest}".strip()
 

@@ -90,6 +90,8 @@ class Trainer:
         self.saved = 0
         self.told = TellTale(run)
         self.range_test: dict[str, Any] | None = None
+        self.save_end = False
+        """Whether a checkpoint of the last step is left, too."""
         self.wrapped: Any = None
         self.sharded: sharding.Sharded | zero3.Zero3 | None = None
 
@@ -107,6 +109,8 @@ class Trainer:
             start = self.resume()
             self.started = time.perf_counter()
             self.loop(start)
+            if self.save_end:
+                self.save(self.stop_at)
             self.seconds += time.perf_counter() - self.started
             return self.finish()
         finally:
@@ -251,6 +255,8 @@ class Trainer:
         with closing(progress), closing(tracer), closing(self.feed.steps(start)) as steps, signals.patience():
             if start and self.judge(start, progress):  # the run ended between saving and evaluating
                 return
+            if start and self.exhausted():  # the checkpoint is of the end
+                self.stop_at = start
             for step in range(start, self.stop_at):
                 with self.clock.phase("data"):
                     window, sizes = next(steps)
@@ -581,7 +587,8 @@ class Trainer:
         self.buffers_before = self.kept_buffers()
         self.saved = int(facts["step"])
         self.feed.restore(self.saved, facts.get("streams", {}))
-        logger.warning("%s: resumed at step %d", title(self.run_facts.folder), self.saved)
+        if self.saved < self.stop_at:
+            logger.warning("%s: resumed at step %d", title(self.run_facts.folder), self.saved)
         now = {"world": self.run_facts.world, "threads": torch.get_num_threads()}
         for key, what in (("world", "processes"), ("threads", "threads")):
             if about.get(key) != now[key]:

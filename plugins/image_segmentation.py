@@ -278,7 +278,7 @@ class ImageSegmentation(Task):
 
     def answer(self, predictor: Any, info: Any, max_new_tokens: int) -> dict[str, list[Any]]:
         """The classes of every image with their share of the pixels, the largest first, and the mask as a picture."""
-        names = predictor.members[0].labels or []
+        names = predictor.loaded.labels or []
         said, masks = [], []
         found = predictor.scores(info, "test", batch_size=1)
         for flat, (height, width) in zip(found["classes"], found["size"], strict=True):

@@ -9,12 +9,16 @@ from torch.nn import functional as F
 
 from kt_hf import EnsembleMethod
 from kt_hf.errors import RecipeError
+from kt_hf.functional.mixing import mixture_weights
 
 
 class Mean(EnsembleMethod):
-    """The (weighted) mean of the members' class probabilities.
+    """The (weighted) mean of the members' class probabilities: p(y | x) = sum_k w_k p_k(y | x).
 
     weights: one per member, or `fit` to choose those on the simplex that minimise the cross-entropy on validation data.
+    A class that a member does not know has the probability 0 from it. Where members share no class, fitted weights are
+    the shares of their classes in the validation data, and heed no input: which member is right for a row, only the
+    members' confidence tells.
     """
 
     paper = "Lakshminarayanan et al. 2017, Simple and Scalable Predictive Uncertainty Estimation, arXiv:1612.01474"
@@ -29,19 +33,11 @@ class Mean(EnsembleMethod):
         return self.weights == "fit"
 
     def fit(self, scores_KNC: torch.Tensor, labels_N: torch.Tensor) -> None:
-        """Minimise the mixture's cross-entropy by expectation-maximisation; convex, so the start does not matter."""
+        """Minimise the mixture's cross-entropy."""
         known = labels_N >= 0
-        right_KN = (
-            scores_KNC.double()
-            .softmax(-1)[:, known]
-            .gather(-1, labels_N[known].expand(len(scores_KNC), -1).unsqueeze(-1))
-            .squeeze(-1)
-        )
-        weights_K1 = torch.full((len(scores_KNC), 1), 1 / len(scores_KNC), dtype=torch.float64)
-        for _ in range(500):
-            share_KN = weights_K1 * right_KN
-            weights_K1 = (share_KN / share_KN.sum(0, keepdim=True).clamp(min=1e-300)).mean(1, keepdim=True)
-        self.weights = weights_K1.squeeze(1).tolist()
+        right_K1 = labels_N[known].expand(len(scores_KNC), -1).unsqueeze(-1)
+        chances_KN = scores_KNC.double().softmax(-1)[:, known].gather(-1, right_K1).squeeze(-1)
+        self.weights = mixture_weights(chances_KN).tolist()
 
     def combine(self, scores_KNC: torch.Tensor) -> torch.Tensor:
         given = self.weights if isinstance(self.weights, list) else [1.0] * len(scores_KNC)

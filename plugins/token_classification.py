@@ -279,7 +279,7 @@ class TokenClassification(Task):
     def answer(self, predictor: Any, info: Any, max_new_tokens: int) -> dict[str, list[Any]]:
         """Of rows with words: their tags, with probabilities. Of texts: entities, as transformers' pipeline has them
         with the aggregation `first`, which reads a word's tag from its first piece, as here."""
-        loaded: Loaded = predictor.members[0]
+        loaded: Loaded = predictor.loaded
         if "tokens" not in info.roles:
             if predictor.combine is not None:
                 raise RecipeError("an ensemble tags words, not texts", "give a data file with a column `tokens`")

@@ -245,10 +245,10 @@ ROWS = [
         "a learning rate chosen of two, killed in each trial",
         recipe(DIGITS, VIT, [{"finetune": {"linear_probe": True}}], learning_rate=[1e-2, 1e-3]),
         [
-            {"training": "0.01.42", "step": 4},
-            {"training": "0.01.42", "step": 18},
-            {"training": "0.001.42", "step": 4},
-            {"training": "0.001.42", "step": 10},
+            {"training": "1-of-2.42", "step": 4},
+            {"training": "1-of-2.42", "step": 18},
+            {"training": "2-of-2.42", "step": 4},
+            {"training": "2-of-2.42", "step": 10},
         ],
     ),
     Row(

@@ -75,6 +75,7 @@ def stage(
         rates = [1e-4, 3e-4, 1e-3] if trials and kind == "train" else []
         tried = [
             {
+                "settings": {"training.learning_rate": r},
                 "learning_rate": r,
                 "metric": "accuracy",
                 "validation": own - 0.03 * abs(i - 1),

@@ -427,7 +427,7 @@ def test_merges_can_fail():
 
 
 class FavoursTheFirst(EnsembleMethod):
-    """Unnormalised, and it forgets its weights."""
+    """Unnormalised, it excludes what one member does not know, and it forgets its weights."""
 
     def __init__(self, *, weights: list[float] | None = None):
         self.weights = weights
@@ -446,6 +446,7 @@ class FavoursTheFirst(EnsembleMethod):
 
 def test_ensembles_can_fail():
     assert set(broken("ensemble", FavoursTheFirst)) == {
+        "classes-that-a-member-does-not-know",
         "one-member-is-the-member",
         "order-does-not-matter",
         "state-rebuilds-it",

@@ -261,7 +261,7 @@ def test_a_training_is_called_by_its_stage():
     names = {
         "out/student": "student",
         "out/student/seeds/2": "student seed 2",
-        "out/student/trials/0.01": "student at 0.01",
-        "out/student/seeds/1/trials/0.01": "student seed 1 at 0.01",
+        "out/student/trials/2-of-6": "student trial 2 of 6",
+        "out/student/seeds/1/trials/1-of-3": "student seed 1 trial 1 of 3",
     }
     assert {path: title(Path(path)) for path in names} == names

@@ -196,6 +196,22 @@ def test_one_of_several_data_sets() -> None:
     assert "there is no data set 'c'" in str(mistakes(several(), "stages.two.data=c")[0])
 
 
+def test_parts_of_one_data_set_move_together() -> None:
+    """What they share described the old place; what tells them apart stays."""
+    parts = Recipe(
+        data={
+            "a": Data("digits", "source", labels=["one"], drop=["empty"]),
+            "b": Data("digits", "source", labels=["two"], drop=["empty"], k_shot=2),
+        },
+        model="DIR",
+        stages=[Evaluate("e", data="a"), Evaluate("f", data="b")],
+    )
+    moved = {"a": {"path": "F", "labels": ["one"]}, "b": {"path": "F", "labels": ["two"], "k_shot": 2}}
+    assert raw_of(parts, "data.path=F")["data"] == moved
+    again = raw_of(parts, "data.path=F", "data.b.labels=[three]", "data.a.k_shot=1")["data"]
+    assert again["b"] == {**moved["b"], "labels": ["three"]} and again["a"]["k_shot"] == 1
+
+
 def test_towers_are_replaced_one_by_one() -> None:
     recipe = Recipe(
         data="digits",

@@ -111,7 +111,7 @@ def test_the_page_holds_its_parts(large):
         "hurt",
         "no evidence",
     ]
-    for part in [*parts, "Learning rates tried", "optimizer steps", "base_model", "prefers-color-scheme: dark"]:
+    for part in [*parts, "Settings tried", "optimizer steps", "base_model", "prefers-color-scheme: dark"]:
         assert part in page, part
     ranks = [page.index(f"<b>{name}</b>") for name in ("mean", "finetune", "scratch", "probe", "outside")]
     assert ranks == sorted(ranks)

@@ -121,7 +121,7 @@ def test_a_tracker_that_fails_is_left_out_with_a_warning(tmp_path, caplog):
     [
         ("student", "student seed 0"),
         ("student/seeds/2", "student seed 2"),
-        ("student/trials/0.001", "student seed 0 at 0.001"),
+        ("student/trials/2-of-6", "student seed 0 trial 2 of 6"),
     ],
 )
 def test_runs_are_called_by_stage_and_seed(path, name):

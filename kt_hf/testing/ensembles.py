@@ -53,6 +53,18 @@ def log_probabilities_add_up(case: EnsembleCase) -> None:
     )
 
 
+@rule("ensemble", "classes-that-a-member-does-not-know", needs=("log-probabilities-add-up",))
+def unknown_classes(case: EnsembleCase) -> None:
+    """A member may have -inf for classes that it does not know, for others than the next one: their probabilities still
+    add up to 1."""
+    scores_KNC = case.scores_KNC.clone()
+    scores_KNC[0, :, :2] = float("-inf")
+    scores_KNC[1, :, 2:] = float("-inf")
+    found_NC = case.combine(scores_KNC)
+    demand(not found_NC.isnan().any(), "there are undefined log-probabilities")
+    demand(torch.allclose(found_NC.exp().sum(-1), torch.ones(N), atol=1e-4), "probabilities do not add up to 1")
+
+
 @rule("ensemble", "one-member-is-the-member", needs=("log-probabilities-add-up",))
 def one_member_is_the_member(case: EnsembleCase) -> None:
     """One member, or copies of it, predict what it predicts; with its probabilities, unless `probabilities = False`."""
