@@ -587,10 +587,10 @@ def _unequal_choices(stages: Sequence[StageEvidence]) -> list[str]:
                     f"{s.name} had {plural(max(1, len(r)), _chosen(s))} to choose from"
                     for s, r in ((stage, mine), (other, theirs))
                 ]
+                fair = "not the same; their comparison is fair in their number alone"
                 notes.append(
                     f"Unequal tuning: {told[0]}, {told[1]}"
-                    + (", not the same" if len(mine) == len(theirs) else "")
-                    + "; their comparison is not fair."
+                    + (f", {fair}." if len(mine) == len(theirs) else "; their comparison is not fair.")
                 )
     return notes
 

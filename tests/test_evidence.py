@@ -96,7 +96,17 @@ def test_unequal_choice_of_learning_rates_is_noted():
     scratch = synthetic.stage("scratch", 0.8, trials=False)
     report = evidence.build("unequal", [scratch, synthetic.stage("tuned", 0.8, compare=["@scratch"])], replicates=50)
     told = "Unequal tuning: tuned had 3 learning rates to choose from, scratch had 1 learning rate to choose from"
-    assert any(told in n for n in report["notes"])
+    assert any(told in n and "not fair" in n for n in report["notes"])
+
+
+def test_as_many_other_settings_are_noted_as_such():
+    scratch, tuned = synthetic.stage("scratch", 0.8), synthetic.stage("tuned", 0.8, compare=["@scratch"])
+    for i, trial in enumerate(trial for seed in tuned.seeds for trial in seed.trials):
+        trial["settings"] = {"strategies.finetune.freeze_layers": i % 3}
+    report = evidence.build("other", [scratch, tuned], replicates=50)
+    told = "tuned had 3 settings to choose from, scratch had 3 learning rates to choose from, not the same"
+    assert any(told in n and "in their number alone" in n for n in report["notes"])
+    assert any("the learning rate of scratch and the settings of tuned" in n for n in report["notes"])
 
 
 @pytest.mark.parametrize(
