@@ -17,8 +17,8 @@ ROWS: dict[str, Build] = {}
 
 
 def row(build: Build) -> Build:
-    """Register what builds a row's recipe from the folder of data and one for data that are made. Its docstring says how
-    knowledge is transferred."""
+    """Register what builds a row's recipe, from the folder of data and one for data that are made. Its docstring says
+    how knowledge is transferred."""
     ROWS[build.__name__] = build
     return build
 
@@ -114,7 +114,7 @@ def stsb_embeddings(folder: Path, work: Path) -> Recipe:
         max_examples={"train": 2000, "validation": 100},
     )
     stages = pair(Model(config=minilm(), processor=minilm()), minilm(), 5e-5)
-    untrained = Evaluate("as it comes", model=minilm())
+    untrained = Evaluate("untrained", model=minilm())
     return recipe(data, [untrained, *stages], {"feature-extraction": {"max_length": 48}}, 80, 2e-4)
 
 
@@ -356,7 +356,7 @@ DIGITS = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "
 @row
 def spoken_and_written(folder: Path, work: Path) -> Recipe:
     """digits both spoken (fsdd) and written in noise (mnist), 300 of them, fused by concatenation; towers that were
-    trained on one medium each, 2,000 sounds and 3,000 pictures of other rows, first"""
+    trained on one medium each, of 2,100 other rows, first"""
     eye = {"config": "vit", "config_overrides": {**DIGITS, "image_size": 28, "patch_size": 7}}
     fresh = {"image": eye, "audio": AST, "projection_dim": 64}
     known = {"image": "@eyes", "audio": "@ears", "projection_dim": 64}

