@@ -203,6 +203,15 @@ class Task:
         added."""
         raise NotImplementedError
 
+    def class_counts(self, rows: datasets.Dataset, loaded: Loaded) -> np.ndarray | None:
+        """counts_C: how many values of the loss these rows have of every class of the model. None where a value of the
+        loss is not about one class."""
+        if "label" not in rows.column_names or loaded.label_ids is None or self.unit == "class":
+            return None
+        flat = [y for row in rows["label"][:] for y in (row if isinstance(row, list) else [row])]
+        known = [loaded.label_ids[y] for y in flat if y is not None and y >= 0]
+        return np.bincount(known, minlength=len(loaded.labels or []))
+
     def units(self, batch: Batch) -> dict[str, int | torch.Tensor]:
         """How many of each unit the batch holds; at least `example`."""
         return {"example": len(batch["index"])}

@@ -43,21 +43,16 @@ class Balance(Strategy):
         return f"{how} by {'1 / n' if self.beta == 1 else f'their effective number, beta {self.beta:g}'}"
 
     def setup(self, model: nn.Module, run: Any) -> nn.Module:
-        if self.beta and (run.info.labels is None or run.loaded.label_ids is None):
-            raise NotMeaningful("'balance': the data have no classes", "leave it out")
-        if self.beta and run.task.unit == "class":
-            raise RecipeError("'balance': rows may have several classes, each a yes or no of its own", "leave it out")
+        if self.beta and run.task.class_counts(run.info.splits["train"].select([]), run.loaded) is None:
+            raise NotMeaningful("'balance': values of this task's loss are not each about one class", "leave it out")
         return model
 
     def ready(self, model: nn.Module, run: Any) -> None:
         if self.by != "weights" or not self.beta:
             return
-        found = run.info.splits["train"]["label"][:]
-        flat = [y for row in found for y in (row if isinstance(row, list) else [row]) if y is not None and y >= 0]
-        weights = balancing.weights(np.bincount(flat, minlength=len(run.info.labels)), self.beta)
-        of_model_C = torch.ones(len(run.loaded.labels))
-        of_model_C[torch.tensor(run.loaded.label_ids)] = torch.from_numpy(weights).float()
-        self.register_buffer("weights_C", of_model_C.to(run.device))
+        counts_C = run.task.class_counts(run.info.splits["train"], run.loaded)
+        weights_C = torch.from_numpy(balancing.weights(counts_C, self.beta)).float()
+        self.register_buffer("weights_C", weights_C.to(run.device))
 
     def weigh(self, weight: torch.Tensor | None, values: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor | None:
         if self.by != "weights" or not self.beta:

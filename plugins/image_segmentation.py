@@ -211,6 +211,15 @@ class ImageSegmentation(Task):
         values_BHW = F.cross_entropy(logits_BCHW, labels_BHW, reduction="none", label_smoothing=label_smoothing)
         return values_BHW.flatten(), (labels_BHW != IGNORED).float().flatten(), "pixel"
 
+    def class_counts(self, rows: datasets.Dataset, loaded: Loaded) -> np.ndarray | None:
+        """Pixels of every class; decodes every mask."""
+        counts_C = np.zeros(len(loaded.labels or []), dtype=np.int64)
+        for place, row in enumerate(rows):
+            if row.get("mask") is not None:  # type: ignore[attr-defined]
+                mask = self._mask(place, row["image"], row["mask"], loaded)  # type: ignore[index]
+                counts_C += np.bincount(mask[mask >= 0], minlength=len(counts_C))
+        return counts_C
+
     def units(self, batch: Batch) -> dict[str, int | torch.Tensor]:
         """Rows, and pixels that count; without masks, all of them."""
         pixels = (batch["labels"] != IGNORED).sum() if "labels" in batch else batch["size"].prod(1).sum()

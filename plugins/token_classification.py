@@ -185,15 +185,13 @@ class TokenClassification(Task):
     def loss(
         self, outputs: Any, batch: Batch, label_smoothing: float = 0.0
     ) -> tuple[torch.Tensor, torch.Tensor | None, str]:
-        """Cross-entropy of every piece that has a label, in float32, all of weight 1."""
-        learnt_BL = batch["labels"] != IGNORED
+        """Cross-entropy of every piece, in float32; of weight 1 where it has a label, else 0."""
+        labels_N = batch["labels"].flatten()
+        logits_NC = outputs.logits.float().flatten(0, 1)
         values_N = F.cross_entropy(
-            outputs.logits[learnt_BL].float(),
-            batch["labels"][learnt_BL],
-            reduction="none",
-            label_smoothing=label_smoothing,
+            logits_NC, labels_N, reduction="none", label_smoothing=label_smoothing, ignore_index=IGNORED
         )
-        return values_N, torch.ones_like(values_N), "label"
+        return values_N, (labels_N != IGNORED).float(), "label"
 
     def units(self, batch: Batch) -> dict[str, int | torch.Tensor]:
         return {

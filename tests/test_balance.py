@@ -60,6 +60,32 @@ def test_the_loss_is_the_weighted_one_of_torch(tmp_path):
     torch.testing.assert_close(terms["task"], expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["token-classification", "image-segmentation"])
+def test_words_and_pixels_are_weighed_by_their_class(name: str, tmp_path: Path):
+    """The mean of weighed losses against the weights of the counts, over the batch that is the whole."""
+    from kt_hf.testing.bench import Bench
+
+    bench = Bench(name, tmp_path)
+    balance, rate = Balance(), {"max_steps": 1, "per_device_train_batch_size": 24}
+    weighed = bench.train({"finetune": Finetune(), "balance": balance}, tmp_path / "a", **rate)
+    loaded = bench.load(bench.saved("start"))
+    rows = Rows(bench.info, "train", bench.task, loaded, train=True)
+    batch = Collate(bench.task, loaded)(rows.__getitems__([(0, i) for i in range(24)]))
+    with torch.no_grad():
+        values, weight, _ = bench.task.loss(bench.task.forward(loaded.model.train(), batch), batch)
+    labels = batch["labels"].flatten()
+    given = labels  # masks are counted as they come, before they are resized
+    if name == "image-segmentation":
+        given = np.concatenate([np.asarray(mask).ravel() for mask in bench.info.splits["train"]["mask"]])
+        given = np.where(given == bench.task.ignore_index, -1, given)
+    counts = np.bincount(given[given >= 0], minlength=len(loaded.labels))
+    expected = torch.from_numpy(balancing.weights(counts, 1.0)).float()
+    torch.testing.assert_close(balance.weights_C, expected)
+    total = (values.flatten() * weight.flatten() * expected[labels.clamp(min=0)]).sum()
+    assert counts.min() < counts.max()
+    assert weighed.losses[0] == pytest.approx(float(total) / int((labels >= 0).sum()), rel=1e-4)
+
+
 def test_drawing_makes_classes_even_and_follows_from_its_arguments():
     data = {"label": np.array([0] * 900 + [1] * 100)}
     strategy = Balance(by="sampling")
