@@ -76,7 +76,9 @@ def test_words_and_pixels_are_weighed_by_their_class(name: str, tmp_path: Path):
     labels = batch["labels"].flatten()
     given = labels  # masks are counted as they come, before they are resized
     if name == "image-segmentation":
-        given = np.concatenate([np.asarray(mask).ravel() for mask in bench.info.splits["train"]["mask"]])
+        given = np.concatenate(
+            [np.asarray(mask, dtype=np.int64).ravel() for mask in bench.info.splits["train"]["mask"]]
+        )
         given = np.where(given == bench.task.ignore_index, -1, given)
     counts = np.bincount(given[given >= 0], minlength=len(loaded.labels))
     expected = torch.from_numpy(balancing.weights(counts, 1.0)).float()
