@@ -5,8 +5,6 @@ Shapes: B rows, L samples of a wave.
 
 from __future__ import annotations
 
-import io
-import wave
 from typing import Annotated, Any
 
 import datasets
@@ -16,7 +14,6 @@ from pydantic import Field
 from torch import nn
 
 from kt_hf import Loaded, Role, Task, audio, classification, loading
-from kt_hf.errors import RecipeError
 from kt_hf.reading import in_memory
 
 
@@ -76,7 +73,7 @@ class AudioClassification(classification.Classification, Task):
         for i in range(count):
             time = np.arange(800) / 8000
             tone = np.sin(2 * np.pi * (300, 800, 2000)[i % 3] * time + random.random()) * 0.5
-            sound = {"bytes": _wav(tone + random.normal(0, 0.05, 800), 8000), "path": None}
+            sound = {"bytes": audio.encode(tone + random.normal(0, 0.05, 800), 8000), "path": None}
             rows.append({"audio": sound, "label": i % 3})
         features = datasets.Features({"audio": datasets.Audio(decode=False), "label": datasets.Value("int64")})
         return in_memory(rows, features)
@@ -90,7 +87,7 @@ class AudioClassification(classification.Classification, Task):
         self.settle(info)
         loaded = loading.load_model(AutoModelForAudioClassification, ref, info.labels, **self.head_fields(info))
         self.settle_by_model(loaded.model.config)
-        loaded.processor = load_extractor(ref, loaded.model.config)
+        loaded.processor = audio.load_extractor(ref, loaded.model.config)
         return loaded
 
     def preprocess(
@@ -122,40 +119,3 @@ class AudioClassification(classification.Classification, Task):
         known = loaded.processor.to_dict()
         fields = ("sampling_rate", "do_normalize", "num_mel_bins", "mean", "std", "feature_size", "max_length")
         return {"labels": loaded.labels, "normalisation": {k: known[k] for k in fields if known.get(k) is not None}}
-
-
-def load_extractor(ref: Any, config: Any) -> Any:
-    """The model's feature extractor, or for a fresh model the one of its kind, with fields that its size asks for."""
-    import transformers
-    from transformers import AutoFeatureExtractor
-    from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_MAPPING_NAMES as KNOWN
-
-    source, given = ref.processor or ref.path, dict(ref.processor_overrides or {})
-    if source is not None:
-        with loading.loading(f"feature extractor '{source}'"):
-            return AutoFeatureExtractor.from_pretrained(source, revision=ref.revision, trust_remote_code=False, **given)
-    name = KNOWN.get(config.model_type)
-    if name is None:
-        raise RecipeError(
-            f"a fresh model of type '{config.model_type}' has no feature extractor of its own",
-            "name one: model.processor=DIR_OR_HUB_ID",
-        )
-    cls = getattr(transformers, name)
-    if hasattr(config, "num_mel_bins") and name != "Wav2Vec2FeatureExtractor":
-        sizes = {"num_mel_bins": config.num_mel_bins, "max_length": getattr(config, "max_length", None)}
-        if name == "WhisperFeatureExtractor":
-            sizes = {"feature_size": config.num_mel_bins}
-        given = {**{k: v for k, v in sizes.items() if v is not None}, **given}
-    else:  # by convention, only models with layer norm in the convolutions heed what is padded
-        given = {"return_attention_mask": getattr(config, "feat_extract_norm", "layer") == "layer", **given}
-    return cls(**given)
-
-
-def _wav(samples: np.ndarray, rate: int) -> bytes:
-    content = io.BytesIO()
-    with wave.open(content, "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(rate)
-        file.writeframes((samples.clip(-1, 1) * 32767).astype("<i2").tobytes())
-    return content.getvalue()
