@@ -7,6 +7,7 @@ target tokens of the whole batch, row by row, or examples.
 
 from __future__ import annotations
 
+import bisect
 import copy
 import inspect
 import json
@@ -76,6 +77,7 @@ class AutomaticSpeechRecognition(Task):
                 "feat_extract_norm": "layer",
                 "do_stable_layer_norm": True,
                 "apply_spec_augment": False,
+                "mask_time_prob": 0.0,
                 "initializer_range": 0.2,
                 "layerdrop": 0.0,
                 "hidden_dropout": 0.0,
@@ -233,23 +235,23 @@ class AutomaticSpeechRecognition(Task):
             batch["labels"] = _padded([torch.tensor(row["labels"], dtype=torch.int64) for row in rows], IGNORED)
         if heard.ctc:
             batch["blank"] = heard.tokenizer.pad_token_id
+        if heard.alone:
+            batch["alone"] = True
         return batch
 
     # --- the model's outputs ---
 
     def forward(self, model: nn.Module, batch: Batch, **kwargs: Any) -> Any:
         """A decoder reads the labels, one place later; no loss is computed by the model."""
-        inner = loading.unwrap(model)
-        given = {name: batch[name] for name in (*INPUTS, "attention_mask") if name in batch}
-        if "blank" in batch:
-            outputs = frames_alone(model, batch, **kwargs) if _apart(model, batch) else model(**given, **kwargs)
-        else:
-            given["decoder_input_ids"] = writing.shifted(batch["labels"], inner)
-            outputs = model(**given, **{"use_cache": False, **kwargs})
-        hidden = outputs.get("hidden_states") or (outputs.get("encoder_last_hidden_state"),)
-        steps = outputs.logits if "blank" in batch else hidden[-1]
-        num_frames_B = num_frames(inner, batch["lengths"]).clamp(max=steps.shape[1])
-        return Outputs(logits=outputs.logits, num_frames=num_frames_B, last_hidden=hidden[-1])
+        parts = [run_model(model, one, **kwargs) for one in (_rows(batch) if _apart(model, batch) else [batch])]
+        if len(parts) == 1:
+            return parts[0]
+        columns: Any = {
+            name: _padded([part[name][0] for part in parts], 0.0)
+            for name in ("logits", "last_hidden")
+            if name in parts[0]
+        }
+        return Outputs(**columns, num_frames=torch.cat([part["num_frames"] for part in parts]))
 
     def loss(
         self, outputs: Any, batch: Batch, label_smoothing: float = 0.0
@@ -314,9 +316,12 @@ class AutomaticSpeechRecognition(Task):
 
     def _write(self, model: Any, batch: Batch) -> torch.Tensor:
         width = min(self.max_target_length, (writing.positions(model) or 2**31) - _PROMPT)
-        given = {name: batch[name] for name in (*INPUTS, "attention_mask") if name in batch}
-        out_BW = writing.generate(model, width, self.num_beams, **given)
-        return F.pad(out_BW, (0, width + 1 - out_BW.shape[1]), value=writing.padding(model))
+        written = []
+        for part in _rows(batch) if _apart(model, batch) else [batch]:
+            given = {name: part[name] for name in (*INPUTS, "attention_mask") if name in part}
+            out_BW = writing.generate(model, width, self.num_beams, **given)
+            written.append(F.pad(out_BW, (0, width + 1 - out_BW.shape[1]), value=writing.padding(model)))
+        return torch.cat(written)
 
     def from_scores(self, scores_NC: torch.Tensor, weight_N: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
         """Frames are read as of one model. Raises `RecipeError` where decoders are to write: members would have to
@@ -420,20 +425,34 @@ def alignment_loss(logits_BTC: torch.Tensor, num_frames_B: torch.Tensor, batch: 
 
 
 def _apart(model: nn.Module, batch: Batch) -> bool:
-    """Models with group norm heed no mask, and padding changes what they say of a row. Trained on padded batches they
-    are all the same, as transformers advises; measured they are on each row alone, which no other row can change."""
-    return "attention_mask" not in batch and not model.training and len(batch["index"]) > 1
+    """Whether rows are run one by one: padding would change what the model says of them, which must not depend on what
+    else is in a batch. Trained it is on padded batches all the same, as everybody does."""
+    return "alone" in batch and not model.training and len(batch["index"]) > 1
 
 
-def frames_alone(model: nn.Module, batch: Batch, **kwargs: Any) -> Any:
-    """Outputs of every row alone, padded."""
-    from transformers.modeling_outputs import CausalLMOutput
+def _rows(batch: Batch) -> list[Batch]:
+    """Batches of single rows without padding of the sound."""
+    found = []
+    for i, length in enumerate(batch["lengths"].tolist()):
+        one = {k: v[i : i + 1] if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        found.append({k: v[:, :length] if k in (*INPUTS, "attention_mask") else v for k, v in one.items()})
+    return found
 
-    name = next(name for name in INPUTS if name in batch)
-    inputs = [batch[name][i : i + 1, :length] for i, length in enumerate(batch["lengths"].tolist())]
-    found = [model(**{name: one}, **kwargs) for one in inputs]
-    hidden = [_padded([one.hidden_states[-1][0] for one in found], 0.0)] if found[0].get("hidden_states") else []
-    return CausalLMOutput(logits=_padded([one.logits[0] for one in found], 0.0), hidden_states=tuple(hidden) or None)
+
+def run_model(model: nn.Module, batch: Batch, **kwargs: Any) -> Outputs:
+    """One call. `last_hidden` of frames is there where hidden states are asked for."""
+    inner = loading.unwrap(model)
+    given = {name: batch[name] for name in (*INPUTS, "attention_mask") if name in batch}
+    if "blank" in batch:
+        outputs = model(**given, **kwargs)
+        hidden = (outputs.get("hidden_states") or (None,))[-1]
+    else:
+        given["decoder_input_ids"] = writing.shifted(batch["labels"], inner)
+        outputs = model(**given, **{"use_cache": False, **kwargs})
+        hidden = outputs.encoder_last_hidden_state
+    steps = outputs.logits if hidden is None else hidden
+    frames_B = num_frames(inner, batch["lengths"]).clamp(max=steps.shape[1])
+    return Outputs(logits=outputs.logits, num_frames=frames_B, last_hidden=hidden)
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
@@ -444,7 +463,10 @@ class Heard:
     """What makes a model's input of a wave, and token ids of a text.
 
     ctc: whether tokens are read off frames. start: what a decoder starts with. least: samples that give a frame.
-    seconds: the longest sound that the extractor takes. pace: frames of so many seconds (`_PACE`) of sound.
+    seconds: the longest sound that the extractor takes. pace: frames of so many seconds (`_PACE`) of sound. alone:
+    whether padding may change what the model says of a row. It does where norms run over time (wav2vec 2.0's group
+    norm, Moonshine) or convolutions see it (Speech2Text); not after wav2vec 2.0's layer norm, and Whisper's input has
+    one length.
     """
 
     extractor: Any
@@ -454,16 +476,19 @@ class Heard:
     least: int
     seconds: float
     pace: int
+    alone: bool
 
     @classmethod
     def of(cls, model: Any, extractor: Any, tokenizer: Any, start: int | None) -> Heard:
         rate = extractor.sampling_rate
         raw = extractor.model_input_names[0] == INPUTS[0]
-        counts = num_frames(model, torch.arange(1, rate + 1)) if raw else torch.ones(1)
-        least = int((counts < 1).sum()) + 1
-        pace = int(num_frames(model, torch.tensor([_PACE * rate if raw else 100 * _PACE]))[0])
+        least = (
+            bisect.bisect_left(range(rate), 1, key=lambda n: int(num_frames(model, torch.tensor([n])))) if raw else 1
+        )
+        pace = int(num_frames(model, torch.tensor([_PACE * rate if raw else 100 * _PACE])))
         seconds = getattr(extractor, "n_samples", math.inf) / rate
-        return cls(extractor, tokenizer, start is None, start, least, seconds, pace)
+        alone = getattr(model.config, "feat_extract_norm", None) != "layer" and seconds == math.inf
+        return cls(extractor, tokenizer, start is None, start, least, seconds, pace, alone)
 
     @property
     def input_name(self) -> str:
@@ -517,7 +542,8 @@ def num_frames(model: Any, lengths_B: torch.Tensor) -> torch.Tensor:
     for name in ("_get_feat_extract_output_lengths", "_get_subsampling_output_length"):
         for owner in (model, model.get_encoder() if hasattr(model, "get_encoder") else None):
             if hasattr(owner, name):
-                return getattr(owner, name)(lengths_B).long()
+                found = [torch.as_tensor(getattr(owner, name)(one)) for one in lengths_B]  # Moonshine's takes but one
+                return torch.stack(found).long().to(lengths_B.device)
     if type(model).__name__ in auto_classes("AutoModelForCTC"):
         raise RecipeError(
             f"{type(model).__name__} does not say how many frames it makes of a sound", "choose another model"

@@ -67,7 +67,9 @@ def sounds(count: int, seed: int = 0) -> datasets.Dataset:
         waves = [audio.decode(row["audio"], 8000, 0) for row in (one, two, one)]
         content = audio.encode(np.concatenate(waves), 8000)
         found.append({"audio": {"bytes": content, "path": None}, "text": f"{one['text']} {two['text']}"})
-    return in_memory(found, datasets.Features({"audio": datasets.Audio(decode=False), "text": datasets.Value("string")}))
+    return in_memory(
+        found, datasets.Features({"audio": datasets.Audio(decode=False), "text": datasets.Value("string")})
+    )
 
 
 def info(train: int = 12) -> DataInfo:
@@ -122,12 +124,11 @@ def test_the_loss_is_that_of_transformers(kind: str) -> None:
         given = {name: alone[name] for name in names if name in alone}
         loaded.model.config.ctc_loss_reduction = "sum"
         own = loaded.model(**given).loss
-        total += float(own) * (1 if kind in OF_FRAMES else alone["labels"].shape[1])
+        own = float(own.detach()) * (1 if kind in OF_FRAMES else alone["labels"].shape[1])
+        total += own
         parts = task.loss(task.forward(loaded.model, alone), alone)
-        assert float((parts[0] * parts[1]).sum()) == pytest.approx(
-            float(own) * (1 if kind in OF_FRAMES else alone["labels"].shape[1]), rel=1e-4
-        )
-    assert float((values * weight).sum()) == pytest.approx(total, rel=1e-4)
+        assert float((parts[0] * parts[1]).detach().sum()) == pytest.approx(own, rel=1e-4)
+    assert float((values * weight).detach().sum()) == pytest.approx(total, rel=1e-4)
     values.sum().backward()
 
 
@@ -146,9 +147,7 @@ def test_padding_changes_nothing(kind: str) -> None:
         scores, weight = task.scores(outputs, both)
         scored = [task.scores(o, b) for o, b in zip(single, alone, strict=True)]
     torch.testing.assert_close(task.features(outputs, both), vectors, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(
-        scores[weight > 0], torch.cat([s[w > 0] for s, w in scored]), rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(scores[weight > 0], torch.cat([s[w > 0] for s, w in scored]), rtol=1e-4, atol=1e-4)
     assert float(weight.sum()) == pytest.approx(3), "a row counts 1, whatever its length"
     torch.testing.assert_close(found["nll"], torch.cat([part["nll"] for part in parts]), rtol=1e-4, atol=1e-4)
     texts = [loaded.processor.text(ids.numpy()) for ids in found["written"]]
@@ -207,7 +206,7 @@ def test_the_vocabulary_is_of_the_training_texts(tmp_path: Path) -> None:
     task, loaded = fresh()
     task.save(loaded, tmp_path)
     names = json.loads((tmp_path / "vocab.json").read_text())
-    assert list(names) == ["<pad>", "<unk>", "|", *sorted({*"lamiso"})]
+    assert sorted(names, key=names.get) == ["<pad>", "<unk>", "|", *sorted({*"lamiso"})]
     assert loaded.model.config.vocab_size == len(names) and loaded.model.config.pad_token_id == 0
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert tokenizer("la mi")["input_ids"] == [names[c] for c in "la|mi"]
@@ -291,7 +290,7 @@ def test_rows_that_cannot_be_used(tmp_path: Path) -> None:
     found = prepare("tones", Data(str(tmp_path), drop=["unreadable"]), SpeechRecognition(max_seconds=2.0))
     assert found.splits["test"]["index"][:] == [0, 1, 3, 5] and found.counts["unreadable"] == 6
     given = {"task": {TASK: {"max_seconds": 2.0}}, "model": KIT, "training": QUICK}
-    with pytest.raises(DataError, match="row 2: the sound is 7.0 s long, above 2 s"):
+    with pytest.raises(DataError, match=r"row 2: the sound is 7\.0 s long, above 2 s"):
         run(Recipe([Train("one")], data=Data(str(tmp_path)), **given), tmp_path / "out")
 
 
@@ -334,7 +333,7 @@ def test_measured_on_the_rows_own_texts(kind: str) -> None:
     table = task.table(found, loaded, info())
     assert table["reference"] == list(info().splits["test"]["text"])
     said, wanted = ([task.plain(text) for text in table[name]] for name in ("prediction", "reference"))
-    assert scores.metrics["wer"] == pytest.approx(jiwer.wer(wanted, said)) > 0
+    assert scores.metrics["wer"] == pytest.approx(jiwer.wer(wanted, said)) and scores.metrics["wer"] > 0
     assert scores.metrics["cer"] == pytest.approx(jiwer.cer(wanted, said))
     for name, statistic in scores.statistics.items():
         assert scores.metrics[name] == pytest.approx(statistic(np.ones(7)))
