@@ -480,6 +480,13 @@ class Heard:
 
     @classmethod
     def of(cls, model: Any, extractor: Any, tokenizer: Any, start: int | None) -> Heard:
+        """Raises `RecipeError` where the extractor makes something else than the model reads."""
+        if extractor.model_input_names[0] != model.main_input_name:
+            raise RecipeError(
+                f"{type(model).__name__} reads {model.main_input_name}, {type(extractor).__name__} makes "
+                f"{extractor.model_input_names[0]}",
+                "name the feature extractor: model.processor=DIR_OR_HUB_ID",
+            )
         rate = extractor.sampling_rate
         raw = extractor.model_input_names[0] == INPUTS[0]
         least = (
@@ -558,17 +565,37 @@ def is_ctc(ref: Any) -> bool:
         return is_ctc(Model(path=described["base_model_name_or_path"], revision=described.get("revision")))
     config = loading.config_of(ref)
     named = set(config.architectures or [])
-    if named & auto_classes("AutoModelForSpeechSeq2Seq"):
+    if named & auto_classes("AutoModelForSpeechSeq2Seq") and config.model_type not in _OF_SOUNDS:
+        check_decoder(config)
         return False
     from transformers.models.auto.modeling_auto import MODEL_FOR_CTC_MAPPING_NAMES as OF_FRAMES
     from transformers.models.auto.modeling_auto import MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES as OF_DECODERS
 
-    if config.model_type not in {*OF_FRAMES, *OF_DECODERS}:
+    if config.model_type not in {*OF_FRAMES, *OF_DECODERS} - _OF_SOUNDS:
         raise RecipeError(
             f"a model of type '{config.model_type}' does not recognise speech",
             f"choose one of {', '.join([*OF_FRAMES][:6])}, whisper, speech_to_text, ...",
         )
+    if config.model_type not in OF_FRAMES:
+        check_decoder(config)
     return config.model_type in OF_FRAMES
+
+
+_OF_SOUNDS = {"dia", "pop2piano"}
+"""Listed by transformers with those that write, but what they write is sound."""
+
+
+def check_decoder(config: Any) -> None:
+    """Refuse, before there are weights, what is prompted as a chat."""
+    from transformers import AutoModelForSpeechSeq2Seq
+
+    found = AutoModelForSpeechSeq2Seq._model_mapping[type(config)]
+    cls: Any = found[0] if isinstance(found, tuple) else found
+    if not config.is_encoder_decoder or "decoder_input_ids" not in inspect.signature(cls.forward).parameters:
+        raise RecipeError(
+            f"{cls.__name__} does not write what it hears by a decoder of its own",
+            "choose whisper, speech_to_text or moonshine, or a model of frames such as wav2vec2",
+        )
 
 
 def parted(ref: Any) -> tuple[Any, Any]:
@@ -637,11 +664,6 @@ def load_decoder(ref: Any, texts: list[str], num_beams: int) -> Loaded:
         fields = {**writing.fresh_fields(ref, tokenizer), **loading.unset_fields(ref, wanted)}
     loaded = loading.load_model(AutoModelForSpeechSeq2Seq, ref, None, **fields)
     model: Any = loading.unwrap(loaded.model)
-    if not model.config.is_encoder_decoder or "decoder_input_ids" not in inspect.signature(model.forward).parameters:
-        raise RecipeError(
-            f"{type(model).__name__} does not write what it hears by a decoder of its own",
-            "choose whisper, speech_to_text or moonshine, or a model of frames such as wav2vec2",
-        )
     if fresh:
         writing.start_fresh(model, tokenizer)
         if _QUIET in tokenizer.get_vocab():

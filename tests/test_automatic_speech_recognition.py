@@ -31,6 +31,7 @@ HEADS = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_la
 DECODER = {"d_model": 16, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, **HEADS, "dropout": 0.0, "init_std": 0.4}
 OF_MOON = {"encoder_num_attention_heads": 2, "decoder_num_attention_heads": 2, "initializer_range": 0.4}
 MOON = {"hidden_size": 16, "intermediate_size": 24, "encoder_num_hidden_layers": 2, "decoder_num_hidden_layers": 2}
+BERT = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 VOCABULARY = {"vocab_size": 270}
 MODELS: dict[str, dict[str, Any]] = {
     "wav2vec2": KIT,
@@ -254,8 +255,18 @@ def test_a_pretrained_backbone_gets_a_head(tmp_path: Path) -> None:
 
 
 def test_models_that_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="type 'bert' does not recognise speech"):
-        SpeechRecognition().load(Model(config="bert"), info())
+    for kind in ("bert", "dia"):
+        with pytest.raises(RecipeError, match=f"type '{kind}' does not recognise speech"):
+            SpeechRecognition().load(Model(config=kind), info())
+    with pytest.raises(RecipeError, match="reads input_features, Wav2Vec2FeatureExtractor makes input_values"):
+        SpeechRecognition().load(Model(config="wav2vec2-bert", config_overrides=BERT), info())
+    with pytest.raises(RecipeError, match="does not write what it hears by a decoder of its own"):
+        SpeechRecognition().load(
+            Model(
+                config="qwen3_asr",
+            ),
+            info(),
+        )
     short = {**MODELS["whisper"]["config_overrides"], "max_source_positions": 60}
     with pytest.raises(RecipeError, match=r"max_source_positions=60 are 1.2 s") as error:
         SpeechRecognition().load(Model(**{**MODELS["whisper"], "config_overrides": short}), info())
