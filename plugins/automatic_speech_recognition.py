@@ -516,10 +516,10 @@ class Heard:
         if self.ctc:
             return self.tokenizer(text)["input_ids"]
         limit = min(limit, self.tokenizer.model_max_length)
-        ids = loading.encode(self.tokenizer, text, max_length=limit, target=True)["input_ids"]
+        ids = loading.encode(self.tokenizer, text, max_length=limit + 1, target=True)["input_ids"]
         if ids[:1] == [self.start]:
             ids = ids[1:]
-        return writing.ended(ids, self.tokenizer.eos_token_id, limit)
+        return writing.ended(ids[:limit], self.tokenizer.eos_token_id, limit)
 
     def text(self, ids: np.ndarray) -> str:
         """What transformers' pipeline makes of the best tokens of frames, or of written ones."""
@@ -699,6 +699,7 @@ def whisper_tokenizer(trained: Any) -> Any:
         model_max_length=trained.model_max_length,
     )
     found.add_tokens([_START, _QUIET], special_tokens=True)
+    found.set_prefix_tokens()  # which it had to do without these
     return found
 
 

@@ -13,7 +13,7 @@ import pytest
 import task_grid
 import torch
 
-from kt_hf import Data, Loaded, Recipe, Train, audio, evaluation, inference, metrics, registry, run, testing
+from kt_hf import Data, Loaded, Recipe, Train, audio, evaluation, inference, metrics, registry, run, testing, writing
 from kt_hf.bundle import Bundle
 from kt_hf.data import DataInfo, prepare
 from kt_hf.errors import DataError, RecipeError, RowError
@@ -55,6 +55,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 OF_FRAMES = ("wav2vec2", "group norm", "hubert")
 OF_DECODERS = ("whisper", "speech_to_text", "moonshine")
+_START, _QUIET = "startoftranscript", "notimestamps"
 TASK = "automatic-speech-recognition"
 SETTINGS = {"max_seconds": 1.0, "max_target_length": 20}
 QUICK = {"max_steps": 3, "per_device_train_batch_size": 4, "report_to": "none", "num_threads": 1, "eval_steps": 0}
@@ -216,6 +217,20 @@ def test_the_vocabulary_is_of_the_training_texts(tmp_path: Path) -> None:
     assert spelled.plain(" la  mi, so ") == "A MI, SO"
     names = spelled.load(Model(**KIT), info()).processor.tokenizer.get_vocab()
     assert "A" in names and not {"a", "L"} & set(names)
+
+
+def test_the_targets_of_a_decoder() -> None:
+    """They end, also where they are cut, and do not begin with what the decoder is given to start with."""
+    task, loaded = fresh("whisper", max_target_length=6)
+    heard, model = loaded.processor, loaded.model
+    start, quiet, end = (heard.tokenizer.convert_tokens_to_ids(f"<|{n}|>") for n in (_START, _QUIET, "endoftext"))
+    assert heard.start == start == model.generation_config.decoder_start_token_id
+    ids = heard.tokens("la", 20)
+    assert ids[0] == quiet and ids[-1] == end and ids.count(end) == 1 and heard.text(np.array([start, *ids])) == "la"
+    cut = heard.tokens("la mi so la mi so so so xyz", 6)
+    assert len(cut) == 6 and cut[-1] == end and cut[0] == quiet
+    batch = batch_of(task, loaded, info().splits["test"][:2])
+    assert writing.shifted(batch["labels"], model)[:, :2].tolist() == [[start, quiet]] * 2
 
 
 def test_texts_that_a_vocabulary_cannot_spell(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -406,3 +421,17 @@ def test_two_ranks(kind: str, folder: Path, tmp_path: Path) -> None:
     task.save(loaded, tmp_path / "model")
     settings = [f"task.{TASK}.{name}={value}" for name, value in SETTINGS.items()]
     task_grid.compare_ranks(tmp_path, str(tmp_path / "model"), str(folder), TASK, settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["wav2vec2", "whisper"])
+def test_it_learns(kind: str, folder: Path, tmp_path: Path) -> None:
+    """What is learnt is what is written: the texts of the training rows, from their sounds."""
+    rows = datasets.Dataset.from_parquet(str(folder / "train.parquet"))
+    for name in ("train", "validation", "test"):
+        rows.to_parquet(tmp_path / f"{name}.parquet")
+    overrides = {**MODELS[kind]["config_overrides"], **({"init_std": 0.1} if kind == "whisper" else {})}
+    training = {"max_steps": 400, "per_device_train_batch_size": 12, "learning_rate": 1e-2, "eval_steps": 0}
+    model = {**MODELS[kind], "config_overrides": overrides}
+    recipe = Recipe([Train("one")], data=Data(str(tmp_path)), task={TASK: SETTINGS}, model=model, training=training)
+    assert run(recipe, tmp_path / "out")["stages"][0]["metrics"]["wer"]["value"] < 0.5
