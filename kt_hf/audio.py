@@ -23,6 +23,15 @@ REMEDY = "mend the file, or leave out all that cannot be read: data.drop=[unread
 def decode(value: dict[str, Any] | None, rate: int | None, place: int) -> np.ndarray:
     """The wave of a row: float32 in [-1, 1], the mean of its channels, resampled to `rate` per second (None: its own).
 
+    As `read` otherwise.
+    """
+    wave_LC, own = read(value, place)
+    return resample(wave_LC.mean(1), own, rate or own)
+
+
+def read(value: dict[str, Any] | None, place: int) -> tuple[np.ndarray, int]:
+    """(wave_LC, its rate per second) of a file: all channels as they are.
+
     value: `bytes` or `path`, as the data library holds them. place: of the row among those of its call. Raises
     `RowError`.
     """
@@ -40,7 +49,7 @@ def decode(value: dict[str, Any] | None, rate: int | None, place: int) -> np.nda
         raise RowError(place, f"it cannot be decoded as sound: {what}", REMEDY) from error
     if not len(wave_LC):
         raise RowError(place, "the file holds no sound at all", REMEDY)
-    return resample(wave_LC.mean(1), own, rate or own)
+    return wave_LC, int(own)
 
 
 def resample(wave_L: np.ndarray, own: int, wanted: int) -> np.ndarray:
@@ -89,8 +98,10 @@ def load_extractor(ref: Model, config: Any) -> Any:
     if hasattr(config, "num_mel_bins") and name != "Wav2Vec2FeatureExtractor":
         sizes = {"num_mel_bins": config.num_mel_bins, "max_length": getattr(config, "max_length", None)}
         if name == "WhisperFeatureExtractor":
-            sizes = {"feature_size": config.num_mel_bins}
+            sizes = {"feature_size": config.num_mel_bins, "chunk_length": _whisper_seconds(config, given)}
         given = {**{k: v for k, v in sizes.items() if v is not None}, **given}
+    elif hasattr(config, "input_feat_per_channel"):
+        given = {**dict.fromkeys(("num_mel_bins", "feature_size"), config.input_feat_per_channel), **given}
     else:  # by convention, only models with layer norm in the convolutions heed what is padded
         given = {"return_attention_mask": getattr(config, "feat_extract_norm", "layer") == "layer", **given}
     return cls(**given)
@@ -122,3 +133,17 @@ def probe(extractor: Any, max_seconds: float) -> dict[str, torch.Tensor]:
     silence = {"bytes": wav(np.zeros(round(max_seconds * rate)), rate), "path": None}
     found = encode(extractor, [silence], max_seconds)
     return {name: torch.stack(rows) for name, rows in found.items() if name != "attention_mask"}
+
+
+def _whisper_seconds(config: Any, given: dict[str, Any]) -> int:
+    """The length that the encoder's places are for, two spectrum frames each. Raises `RecipeError` where it is no whole
+    number of seconds, which the extractor needs."""
+    rate, hop = given.get("sampling_rate", 16000), given.get("hop_length", 160)
+    seconds, rest = divmod(2 * config.max_source_positions * hop, rate)
+    if rest or not seconds:
+        raise RecipeError(
+            f"max_source_positions={config.max_source_positions} are {seconds + rest / rate:g} s of sound ({2 * hop} "
+            f"samples each, {rate} a second), no whole number of seconds",
+            f"set model.config_overrides.max_source_positions to a multiple of {rate / (2 * hop):g}",
+        )
+    return seconds

@@ -31,7 +31,7 @@ __all__ = ["SPLITS", "DataInfo", "find_roles", "kinds", "prepare", "read"]
 logger = logging.getLogger(__name__)
 
 _TEXT_ROLES = ("text", "prompt", "completion", "messages", "tokens", "question", "context", "source", "target")
-_FILES = (datasets.Image, datasets.Audio)
+_FILES = (datasets.Image, datasets.Audio, datasets.Video)
 """Columns of encoded files."""
 _HEAD = 65536
 """Bytes of an image file that is not embedded in the data set by which copies are recognised, with its size."""
@@ -225,8 +225,9 @@ def _rename(rows: datasets.Dataset, roles: dict[str, str], split: str) -> datase
     moves = {column: role for role, column in present.items() if column != role}
     aside = {column: f"{column}__" for column in moves if column in moves.values()}
     for column in present.values():
-        if isinstance(rows.features[column], datasets.Audio):  # decoded by the tasks, with what they have for it
-            rows = rows.cast_column(column, datasets.Audio(decode=False))
+        feature = rows.features[column]
+        if isinstance(feature, (datasets.Audio, datasets.Video)):  # decoded by the tasks, with what they have for it
+            rows = rows.cast_column(column, type(feature)(decode=False))
     return rows.rename_columns(aside).rename_columns({aside.get(c, c): r for c, r in moves.items()}) if moves else rows
 
 
@@ -363,7 +364,7 @@ def _clean(parts: dict[str, _Part], roles: dict[str, str], drop: set[str], name:
 
 
 def _empty(rows: datasets.Dataset, roles: dict[str, str]) -> np.ndarray:
-    """Rows without an image or a table, or with nothing in one of their texts."""
+    """Rows without an image, a sound, a clip or a table, or with nothing in one of their texts."""
     bad_N = np.zeros(len(rows), dtype=bool)
     for role in roles:
         column = arrow(rows, role)
@@ -371,6 +372,8 @@ def _empty(rows: datasets.Dataset, roles: dict[str, str]) -> np.ndarray:
             bad_N |= _no_image(column)
         elif role == "table":
             bad_N |= _mask(pc.is_null(column))
+        elif kinds(rows.features[role])[:1] == ("images",):
+            bad_N |= _mask(pc.equal(pc.fill_null(pc.list_value_length(column), 0), 0))
         elif role in _TEXT_ROLES:
             if _is_text(column):
                 bad_N |= _mask(pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(column)).fill_null(0), 0))

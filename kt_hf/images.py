@@ -45,8 +45,9 @@ def fetch(source: datasets.Dataset, positions: Any, split: str) -> dict[str, lis
     columns = image_columns(source)
     try:
         rows = source[positions]
-        for image in (image for name in columns for image in rows[name] if image is not None and image.mode == "F"):
-            rgb(image)
+        for image in (image for name in columns for value in rows[name] for image in _each(value)):
+            if image.mode == "F":
+                rgb(image)
         return rows
     except Exception as error:
         places = range(*positions.indices(len(source))) if isinstance(positions, slice) else positions
@@ -58,8 +59,15 @@ def fetch(source: datasets.Dataset, positions: Any, split: str) -> dict[str, lis
 
 
 def image_columns(source: datasets.Dataset) -> list[str]:
-    """By the name of their kind, since tables of other libraries are none of the data library's business."""
-    return [name for name, feature in getattr(source, "features", {}).items() if type(feature).__name__ == "Image"]
+    """Columns of images and of lists of them; by the name of their kind, since tables of other libraries are none of
+    the data library's business."""
+    features = getattr(source, "features", {})
+    return [n for n, f in features.items() if "Image" in (type(f).__name__, type(getattr(f, "feature", None)).__name__)]
+
+
+def _each(value: Any) -> list[Any]:
+    """The images of a cell."""
+    return [image for image in (value if isinstance(value, list) else [value]) if image is not None]
 
 
 def fault(source: datasets.Dataset, place: int, columns: Sequence[str]) -> str:
@@ -67,8 +75,8 @@ def fault(source: datasets.Dataset, place: int, columns: Sequence[str]) -> str:
     try:
         row = source.select_columns(list(columns))[place]
         for name in columns:
-            if row[name] is not None:
-                rgb(row[name])
+            for image in _each(row[name]):
+                rgb(image)
     except DataError as error:
         return error.cause
     except Exception as error:

@@ -34,6 +34,7 @@ Table = dict[str, list[Any]]
 MEDIA = {
     "image": (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"),
     "audio": (".wav", ".flac", ".ogg", ".mp3"),
+    "video": (".mp4", ".avi", ".mkv", ".mov", ".webm"),
 }
 """Kind of a role -> how files that are one row of it end."""
 TABLES = (".parquet", ".csv", ".tsv", ".json", ".jsonl", ".arrow", ".txt")
@@ -229,8 +230,9 @@ def read_inputs(
     by_column: dict[str, str] = {column: role for role, column in roles.items()}
     rows = rows.select_columns(list(by_column))
     for column in by_column:
-        if isinstance(rows.features[column], datasets.Audio):
-            rows = rows.cast_column(column, datasets.Audio(decode=False))
+        feature = rows.features[column]
+        if isinstance(feature, (datasets.Audio, datasets.Video)):
+            rows = rows.cast_column(column, type(feature)(decode=False))
     rows = rows.rename_columns({c: f"__{r}" for c, r in by_column.items()}).rename_columns({f"__{r}": r for r in roles})
     shown = list(inputs) if not tables else [f"{Path(tables[0]).name}[{i}]" for i in range(len(rows))]
     text = next((role for role in roles if kinds(rows.features[role])[:1] == ("string",)), None)
@@ -269,7 +271,8 @@ def _single(inputs: Sequence[str], task: Task) -> datasets.Dataset:
             f"'{odd[:80]}' is {what}",
             f"name {f'files that end in {ends}, or ' if ends else ''}a data file or folder",
         )
-    features = {"image": datasets.Image(), "audio": datasets.Audio(decode=False)}
+    undecoded = {"audio": datasets.Audio(decode=False), "video": datasets.Video(decode=False)}
+    features: dict[str, Any] = {"image": datasets.Image(), **undecoded}
     kinds = datasets.Features({role.name: features.get(kind, datasets.Value("string"))})
     values: list[Any] = [{"path": item, "bytes": None} if kind in features else item for item in inputs]
     return in_memory([{role.name: value} for value in values], kinds)

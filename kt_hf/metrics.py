@@ -1,5 +1,5 @@
-"""Metrics as `evaluate.Metric` classes of our own over scikit-learn, seqeval, sacreBLEU, rouge_score and pycocotools:
-they need no network.
+"""Metrics as `evaluate.Metric` classes of our own over scikit-learn, seqeval, sacreBLEU, rouge_score, jiwer and
+pycocotools: they need no network.
 
 Any other metric is loaded by its Hub name through `evaluate.load`.
 
@@ -13,6 +13,7 @@ import functools
 import importlib.util
 import io
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -117,6 +118,9 @@ class _TextMetric(evaluate.Metric):
     their (weighted) sum. So a resampled corpus costs a sum."""
 
     library = "sacrebleu"
+    extra = "seq2seq"
+    """Of this package, that installs the library."""
+    instead = "perplexity"
 
     def _info(self) -> evaluate.MetricInfo:
         features = datasets.Features({"predictions": datasets.Value("string"), "references": datasets.Value("string")})
@@ -274,6 +278,43 @@ def _annotations(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+class WordErrorRate(_TextMetric):
+    """Substituted, left out and inserted words by jiwer, over the words of the references. 0 is best; above 1 where
+    more is wrong than there is."""
+
+    library = "jiwer"
+    extra = "speech"
+    instead = "loss"
+
+    def counts(self, predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
+        pairs = zip(references, predictions, strict=True)
+        return np.array([self.of_pair(*pair) for pair in pairs], dtype=np.int64).reshape(-1, 2)
+
+    def of_pair(self, reference: str, prediction: str) -> tuple[int, int]:
+        """(edits, size of the reference)."""
+        import jiwer
+
+        return _edits(jiwer.process_words(reference, prediction))
+
+    def score(self, sums_K: np.ndarray) -> float:
+        edits, size = float(sums_K[0]), float(sums_K[1])
+        return edits / size if size else (math.inf if edits else 0.0)
+
+
+class CharacterErrorRate(WordErrorRate):
+    """The same of characters, blanks among them."""
+
+    def of_pair(self, reference: str, prediction: str) -> tuple[int, int]:
+        import jiwer
+
+        return _edits(jiwer.process_characters(reference, prediction))
+
+
+def _edits(found: Any) -> tuple[int, int]:
+    right = found.hits + found.substitutions + found.deletions
+    return found.substitutions + found.deletions + found.insertions, right
+
+
 OWN: dict[str, type[evaluate.Metric]] = {
     "accuracy": Accuracy,
     "macro_f1": MacroF1,
@@ -282,7 +323,15 @@ OWN: dict[str, type[evaluate.Metric]] = {
     "entity_precision": EntityPrecision,
     "entity_recall": EntityRecall,
 }
-TEXTS: dict[str, type[_TextMetric]] = {"bleu": Bleu, "chrf": Chrf, "rouge1": Rouge, "rouge2": Rouge, "rougeL": Rouge}
+TEXTS: dict[str, type[_TextMetric]] = {
+    "bleu": Bleu,
+    "chrf": Chrf,
+    "rouge1": Rouge,
+    "rouge2": Rouge,
+    "rougeL": Rouge,
+    "wer": WordErrorRate,
+    "cer": CharacterErrorRate,
+}
 """Of written texts, beside their references."""
 
 
@@ -309,7 +358,7 @@ def of_texts(name: str, tokenizer: str = "default") -> _TextMetric:
     if importlib.util.find_spec(cls.library) is None:
         raise RecipeError(
             f"metric '{name}' needs {cls.library}, which is not installed",
-            "pip install 'kt_hf[seq2seq]', or choose other metrics, such as perplexity",
+            f"pip install 'kt_hf[{cls.extra}]', or choose other metrics, such as {cls.instead}",
         )
     return cls(config_name=name if cls is Rouge else tokenizer, keep_in_memory=True)
 

@@ -15,10 +15,10 @@ from kt_hf.task import Role, Task
 def kinds(feature: Any) -> tuple[str, ...]:
     """What a column can serve as; a kind with `?` only where the column is named.
 
-    image, audio, string, class, number; strings, classes, numbers, images: lists of them; messages: a chat; struct: a
-    mapping of fields, of which a task knows the names.
+    image, audio, video, string, class, number; strings, classes, numbers, images: lists of them; messages: a chat;
+    struct: a mapping of fields, of which a task knows the names.
     """
-    media = {datasets.Image: "image", datasets.Audio: "audio"}
+    media = {datasets.Image: "image", datasets.Audio: "audio", datasets.Video: "video"}
     if type(feature) in media:
         return (media[type(feature)],)
     if isinstance(feature, datasets.ClassLabel):

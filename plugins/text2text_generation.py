@@ -18,10 +18,22 @@ from pydantic import Field
 from torch import nn
 from torch.nn import functional as F
 
-from kt_hf import Loaded, Role, Task, language, loading
-from kt_hf.errors import IntegrityError, RecipeError, nearest
+from kt_hf import Loaded, Role, Task, language, loading, writing
+from kt_hf.errors import RecipeError, nearest
 from kt_hf.language import IGNORED
 from kt_hf.task import Batch, Scores
+from kt_hf.writing import (
+    check_model,
+    ended,
+    fresh_fields,
+    from_bytes,
+    generate,
+    padding,
+    positions,
+    shifted,
+    start_fresh,
+    to_bytes,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +131,7 @@ class Text2TextGeneration(Task):
         loaded.processor = tokenizer
         if ref.path is None:
             start_fresh(loaded.model, tokenizer)
-        check_model(loaded, fresh=ref.path is None)
+        check_model(loaded, tokenizer, fresh=ref.path is None)
         longest = positions(loaded.model)
         if longest is not None and longest < tokenizer.model_max_length:
             tokenizer.model_max_length = longest
@@ -141,12 +153,7 @@ class Text2TextGeneration(Task):
 
     def layers(self, model: nn.Module) -> list[list[str]]:
         """Embeddings, the encoder's layers, the decoder's."""
-        inner: Any = loading.unwrap(model)
-        encoder = loading.backbone_layers(model, inner.get_encoder())
-        known = {name for layer in encoder for name in layer}
-        decoder = loading.backbone_layers(model, inner.get_decoder())
-        left = [[name for name in layer if name not in known] for layer in decoder]
-        return encoder + [layer for layer in left if layer]
+        return writing.layers(model)
 
     # --- rows ---
 
@@ -163,7 +170,7 @@ class Text2TextGeneration(Task):
         if "target" in rows:
             limit = min(self.max_target_length, tokenizer.model_max_length)
             found = loading.encode(tokenizer, rows["target"], max_length=limit, target=True)["input_ids"]
-            columns["labels"] = [ids if end in ids[-2:] else [*ids[: limit - 1], end] for ids in found]
+            columns["labels"] = [ended(ids, end, limit) for ids in found]
         return columns
 
     def row_limit(self, loaded: Loaded) -> int:
@@ -230,15 +237,8 @@ class Text2TextGeneration(Task):
     def write(self, model: Any, batch: Batch) -> torch.Tensor:
         """written_BW: what `generate` gives after the decoder's start token."""
         width = min(self.max_target_length, positions(model) or self.max_target_length)
-        sharded = any(type(p).__name__ == "DTensor" for p in model.parameters())  # all ranks must take as many steps
-        out_BW = model.generate(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            do_sample=False,
-            num_beams=self.num_beams,
-            max_new_tokens=width,
-            **({"synced_gpus": True} if sharded else {}),
-        )[:, 1:]
+        given = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        out_BW = generate(model, width, self.num_beams, **given)[:, 1:]
         return F.pad(out_BW, (0, width - out_BW.shape[1]), value=padding(model))
 
     def from_scores(self, scores_NC: torch.Tensor, weight_N: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
@@ -293,93 +293,3 @@ class Text2TextGeneration(Task):
         task = copy.copy(self)
         task.max_target_length, task.writes = max_new_tokens, True
         return {"prediction": from_bytes(replace(predictor, task=task).scores(info, "test")["prediction"])}
-
-
-# --- models ----------------------------------------------------------------------------------------------------------
-
-
-def fresh_fields(ref: Any, tokenizer: Any) -> dict[str, Any]:
-    """Fields of a fresh configuration that follow from the tokenizer; those that the user set stay."""
-    wanted = {
-        "vocab_size": len(tokenizer),
-        "forced_eos_token_id": None,
-        "decoder_start_token_id": padding_of(tokenizer),
-    }
-    wanted |= {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    return loading.unset_fields(ref, wanted)
-
-
-def start_fresh(model: Any, tokenizer: Any) -> None:
-    """A fresh decoder starts with the padding token, as those of T5 and Marian do, where nothing else is asked for."""
-    for config in (model.config, model.generation_config):
-        if getattr(config, "decoder_start_token_id", None) is None:
-            config.decoder_start_token_id = padding_of(tokenizer)
-        config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, padding_of(tokenizer)
-
-
-def padding_of(tokenizer: Any) -> int:
-    return int(tokenizer.pad_token_id)
-
-
-def check_model(loaded: Loaded, fresh: bool) -> None:
-    """Refuse what would train or score without an error, but wrongly."""
-    model, tokenizer = loaded.model, loaded.processor
-    if not fresh and loaded.new_parameters:
-        raise IntegrityError(
-            f"the checkpoint has no language-model head ({', '.join(loaded.new_parameters[:3])} would be random)",
-            "take a checkpoint that was saved as a sequence-to-sequence language model",
-        )
-    num_tokens = max(tokenizer.get_vocab().values()) + 1
-    num_rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    if num_tokens > num_rows:
-        raise RecipeError(
-            f"the tokenizer has {num_tokens} tokens, the model embeddings for {num_rows}",
-            "give the model its own tokenizer (model.processor), or a fresh one a larger vocab_size",
-        )
-    if start_of(model) is None:
-        raise RecipeError(
-            f"the configuration of {type(model).__name__} does not say what its decoder starts with",
-            "set model.config_overrides.decoder_start_token_id",
-        )
-
-
-def start_of(model: Any) -> int | None:
-    """The token that the decoder starts with, in training as in writing."""
-    for config in (model.generation_config, model.config):
-        if getattr(config, "decoder_start_token_id", None) is not None:
-            return int(config.decoder_start_token_id)
-    return None
-
-
-def padding(model: Any) -> int:
-    return int(model.generation_config.pad_token_id if model.generation_config.pad_token_id is not None else 0)
-
-
-def positions(model: Any) -> int | None:
-    """The longest text that the model has places for; None where it counts distances."""
-    found = getattr(model.config, "max_position_embeddings", None)
-    return found if isinstance(found, int) and found > 0 else None
-
-
-def shifted(labels_BL: torch.Tensor, model: Any) -> torch.Tensor:
-    """decoder_input_ids_BL: the start token, then the labels but for the last; what is ignored becomes padding, which
-    no real place sees."""
-    start = start_of(model)
-    assert start is not None  # `load` has looked
-    first_B1 = labels_BL.new_full((len(labels_BL), 1), start)
-    moved_BL = torch.cat([first_B1, labels_BL[:, :-1]], dim=1)
-    return moved_BL.masked_fill(moved_BL == IGNORED, padding(model))
-
-
-# --- texts as arrays -------------------------------------------------------------------------------------------------
-
-
-def to_bytes(texts: Sequence[str]) -> np.ndarray:
-    """UTF-8 bytes_NW, filled up with zeros, which no text needs."""
-    encoded = [text.replace("\0", " ").encode() for text in texts]
-    width = max([1, *map(len, encoded)])
-    return np.frombuffer(b"".join(e.ljust(width, b"\0") for e in encoded), np.uint8).reshape(-1, width).copy()
-
-
-def from_bytes(bytes_NW: np.ndarray) -> list[str]:
-    return [row.tobytes().rstrip(b"\0").decode() for row in bytes_NW]

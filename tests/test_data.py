@@ -239,7 +239,11 @@ def test_roles_of_real_layouts(kind: str, features: dict[str, Any], roles: dict[
 
 @pytest.mark.parametrize(
     ("media", "tasks"),
-    [(datasets.Audio(), ["audio-classification"]), (datasets.Video(), []), (datasets.List(PICTURE), [])],
+    [
+        (datasets.Audio(), ["audio-classification"]),
+        (datasets.Video(), ["video-classification"]),
+        (datasets.List(PICTURE), ["video-classification"]),
+    ],
     ids=["sound", "video", "frames"],
 )
 def test_what_is_said_about_a_sound_is_not_taken_for_the_task(media: Any, tasks: list[str]) -> None:

@@ -11,7 +11,7 @@ import pytest
 import task_grid
 import torch
 from datasets import Dataset, Features, Translation
-from kt_hf_plugins.text2text_generation import Text2TextGeneration, from_bytes, start_of, to_bytes
+from kt_hf_plugins.text2text_generation import Text2TextGeneration
 from safetensors.torch import load_file, save_file
 
 from kt_hf import Data, Loaded, Model, evaluation, inference, metrics, testing
@@ -21,6 +21,7 @@ from kt_hf.errors import DataError, IntegrityError, RecipeError
 from kt_hf.language import IGNORED
 from kt_hf.roles import find_roles, fitting_tasks
 from kt_hf.testing import bench
+from kt_hf.writing import from_bytes, start_of, to_bytes
 
 ATTENTION = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_layers": 2, "decoder_layers": 2}
 WIDTHS = {"d_model": 16, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "init_std": 0.3, "max_position_embeddings": 40}
