@@ -300,11 +300,8 @@ def plan(context: Context, collect: Collector) -> None:
                         "hold training rows out (data.validation_size), or give one value each",
                     )
                 _plan_training(context, stage)
-            if isinstance(stage, Ensemble) and type(context.task(stage)).from_scores is Task.from_scores:
-                raise RecipeError(
-                    f"stages.{stage.name}: {type(context.task(stage)).__name__} has no output ensembles",
-                    "merge in weight space instead",
-                )
+            if isinstance(stage, Ensemble):
+                _plan_ensemble(context, stage)
             if isinstance(stage, Evaluate) and stage.model is not None and stage.model.path is None:
                 raise RecipeError(
                     f"stages.{stage.name}: a fresh model has learned nothing", "give model=DIR_OR_HUB_ID or @stage"
@@ -331,6 +328,21 @@ def _plan_training(context: Context, stage: Train) -> None:
             sketched.add(key)
             setup = skeleton.plan_setup(around, trial)
             context.setups.setdefault(stage.name, setup)
+
+
+def _plan_ensemble(context: Context, stage: Ensemble) -> None:
+    """Whether the task has output ensembles, and the data what their weights are fitted to."""
+    task, info = context.task(stage), context.info(stage)
+    if type(task).from_scores is Task.from_scores:
+        raise RecipeError(
+            f"stages.{stage.name}: {type(task).__name__} has no output ensembles", "merge in weight space instead"
+        )
+    fits = stages.build("ensemble", stage.method, stage, context.settings).needs_validation
+    classes = task.unit == "example" and info.labels is not None
+    if fits and not (classes and "validation" in info.splits):
+        raise RecipeError(
+            f"stages.{stage.name}: fitting weights needs validation data and one class per example", "give the weights"
+        )
 
 
 def _check_compare(context: Context, stage: Stage) -> None:

@@ -417,11 +417,6 @@ def _ensemble(context: Context, stage: Ensemble, seed: int, folder: Path) -> dic
     members = ensembling.load(models, task, info)
     bundle = ensembling.EnsembleBundle(members, task, method.combine).to(accelerator.device)
     if method.needs_validation:
-        if "validation" not in info.splits or task.unit != "example":
-            raise RecipeError(
-                f"stages.{stage.name}: fitting weights needs validation data and one class per example",
-                "give the weights",
-            )
         found = evaluation.predict(bundle, bundle, accelerator, info, "validation", 64, mode="scores")
         method.fit(torch.from_numpy(found["scores"]).transpose(0, 1), torch.from_numpy(found["label"]))
     if accelerator.is_main_process:
