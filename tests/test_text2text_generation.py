@@ -360,8 +360,10 @@ def test_every_strategy(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="does not write"):
         inference.predict(model_folder, [SOURCES[0]])
     settings = ["data.columns.source=en", "data.columns.target=de"]
+    found = inference.evaluate(model_folder, str(folder), settings)["metrics"]["perplexity"]["value"]
+    assert found == pytest.approx(report["together"]["metrics"]["perplexity"]["value"])
     with pytest.raises(RecipeError, match="but does not write"):
-        inference.evaluate(model_folder, str(folder), settings)
+        inference.evaluate(model_folder, str(folder), [*settings, "task.text2text-generation.metrics=[bleu]"])
 
 
 @pytest.mark.slow
