@@ -387,6 +387,17 @@ def test_it_conforms() -> None:
     testing.check_strategy("distill", task=TASK)
 
 
+def test_outputs_of_frozen_layers_are_kept(folder: Path, tmp_path: Path) -> None:
+    """Also where the layers above write into them, as wav2vec 2.0 does at padding."""
+    found = []
+    for keep in (False, True):
+        strategies = [{"finetune": {"freeze_layers": 2}}]
+        training = {**QUICK, "cache_frozen": keep, "max_steps": 6}
+        recipe = Recipe([Train("one", strategies=strategies)], data=Data(str(folder)), model=KIT, training=training)
+        found.append(run(recipe, tmp_path / str(keep))["stages"][0])
+    assert found[0]["metrics"]["loss"]["value"] == pytest.approx(found[1]["metrics"]["loss"]["value"], rel=1e-5)
+
+
 def test_frames_of_an_ensemble_are_read_as_of_one_model(tmp_path: Path) -> None:
     task, loaded = fresh()
     batch = batch_of(task, loaded, info().splits["test"][:3])
