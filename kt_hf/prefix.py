@@ -376,7 +376,8 @@ def _watch(bundle: Bundle, frozen: set[int], batch: Batch) -> dict[str, Output]:
             for leaf in leaves
         ]
         found[name] = leaves, spec
-        return tree_unflatten(leaves, spec)
+        handed = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]  # some write into it
+        return tree_unflatten(handed, spec)
 
     with _listening(modules, detach), torch.enable_grad():
         read = _read(bundle, _forward(bundle, batch), batch)

@@ -55,8 +55,7 @@ def log_probabilities_add_up(case: EnsembleCase) -> None:
 
 @rule("ensemble", "classes-that-a-member-does-not-know", needs=("log-probabilities-add-up",))
 def unknown_classes(case: EnsembleCase) -> None:
-    """A member may have -inf for classes that it does not know, for others than the next one: their probabilities still
-    add up to 1."""
+    """Members may have -inf for classes that they do not know; probabilities still add up to 1."""
     scores_KNC = case.scores_KNC.clone()
     scores_KNC[0, :, :2] = float("-inf")
     scores_KNC[1, :, 2:] = float("-inf")

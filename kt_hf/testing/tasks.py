@@ -62,8 +62,10 @@ def makes_batches(case: TaskCase) -> None:
 
 @rule("task", "loss-is-unreduced", needs=("makes-batches",))
 def loss_is_unreduced(case: TaskCase) -> None:
-    """`loss` gives one finite value per unit that `units` counts, in float32, with a gradient; of several parts, each
-    adds up over the halves of a batch."""
+    """`loss` gives one finite value per unit that `units` counts, in float32, with a gradient.
+
+    Of several parts, each adds up over the halves of a batch.
+    """
     task = case.bench.task
     if not task.has_loss:
         raise NotApplicable("it has no loss of its own")
