@@ -1,4 +1,4 @@
-"""Data that are made for task_rows.py: rectangles to find, and digits that are both spoken and written."""
+"""Data that are made for task_rows.py: rectangles to find, digits both spoken and written, digits as words."""
 
 from __future__ import annotations
 
@@ -65,6 +65,20 @@ def spoken_and_written(source: Path, work: Path, name: str) -> Path:
         kept = [column for column in features if {"pictures": "audio", "sounds": "image"}.get(name) != column]
         rows = [{column: row[column] for column in kept} for row in rows]
         _write(rows, datasets.Features({column: features[column] for column in kept}), folder, split)
+    return folder
+
+
+def words(source: Path, work: Path) -> Path:
+    """fsdd with its digits as words."""
+    folder, names = work / "words", ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    features = {"audio": datasets.Audio(decode=False), "text": datasets.Value("string")}
+    for split in SPLITS:
+        if not (folder / f"{split}.parquet").exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            rows = datasets.Dataset.from_parquet(str(source / "fsdd" / f"{split}.parquet"))
+            rows = rows.cast_column("audio", datasets.Audio(decode=False))
+            found = [{"audio": r["audio"], "text": names[r["label"]], "speaker": r["speaker"]} for r in rows]
+            _write(found, datasets.Features({**features, "speaker": datasets.Value("string")}), folder, split)
     return folder
 
 
