@@ -110,6 +110,10 @@ class Table:
             for name, values in self.columns.items()
         }
 
+    def select(self, rows: list[int]) -> Table:
+        which = torch.tensor(rows, dtype=torch.int64)
+        return Table(**{name: values[which] for name, values in self.columns.items() if name != "index"})
+
 
 class Tensors(Task):
     """What the tasks here share: rows are tensors already."""
