@@ -79,3 +79,16 @@ def test_what_goes_together_is_trained(tmp_path):
     training = {"max_steps": 2, "report_to": "none"}
     report = run(Recipe(data=Data(data), model=student, training=training, stages=stages), tmp_path / "out")
     assert report["stages"][0]["name"] == "first"
+
+
+def test_a_tokenizer_of_a_stage_that_has_not_run(tmp_path):
+    """Two fresh models with one vocabulary: planned before it is there, and again when it is."""
+    data = texts(tmp_path / "data")
+    given = {"data": Data(data), "training": {"max_steps": 2, "report_to": "none"}, "model": TINY}
+    student = {**TINY, "processor": "@teacher"}
+    distill = {"distill": {"teacher": "@teacher"}}
+    recipe = Recipe(stages=[Train("teacher"), Train("student", strategies=[distill], model=student)], **given)
+    run(recipe, tmp_path / "out")
+    folders = [tmp_path / "out" / name / "model" / "tokenizer.json" for name in ("teacher", "student")]
+    assert folders[0].read_text() == folders[1].read_text()
+    run(recipe, tmp_path / "out")
