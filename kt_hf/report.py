@@ -268,7 +268,8 @@ def _group_plots(members: Sequence[Stage]) -> list[str]:
         parts += ["<h3>Gain over each baseline</h3>", EXPLAINED]
     for reference, bars in groups:
         parts += [f"<h4>over {escape(reference)}</h4>", _wide(plots.gains(bars, _gain_axis(best)))]
-    if drawn := plots.scatter(_points(members), COST_AXIS, axis):
+    points = _points(members)  # one alone has nothing to be compared with
+    if len(points) > 1 and (drawn := plots.scatter(points, COST_AXIS, axis)):
         parts += ["<h3>Quality against cost</h3>", _wide(drawn)]
     return parts + _curve_plots(members, axis) + _class_plots(members)
 

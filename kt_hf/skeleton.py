@@ -108,7 +108,7 @@ def fresh(context: Context, ref: Model | None) -> Model | None:
     """The reference with checkpoints replaced by their configurations; `@stage` by what that stage starts from."""
     if ref is None:
         return None
-    if str(ref.processor).startswith("@"):  # that of a stage which has not run is not there yet: the model's own will do
+    if str(ref.processor).startswith("@"):  # where that stage has not run, the model's own will do
         found = context.resolve(ref, 0).processor
         kept = {k: v for k, v in ref.given.items() if k != "processor"}
         ref = Model(**kept, **({"processor": found} if Path(found).is_dir() else {}))
