@@ -320,6 +320,8 @@ def has_head(auto: Any, config: Any) -> bool:
             f"a model of type '{config.model_type}' has no {auto.__name__}",
             "choose a model or a task that fit each other",
         ) from None
+    if config.model_type == "timm_wrapper" and not config.architectures:  # as timm itself writes its folders
+        return config.num_labels > 0
     classes = expected if isinstance(expected, tuple) else (expected,)
     return bool(set(config.architectures or []) & {cls.__name__ for cls in classes})
 
@@ -384,9 +386,25 @@ def _fresh_modules(model: nn.Module) -> list[str]:
     return [name for name in head_modules(model) if any(True for _ in model.get_submodule(name).parameters())]
 
 
+def _timm_layers(model: nn.Module, inner: Any) -> list[list[str]]:
+    """As timm itself groups the parameters of its models, without the head."""
+    from timm.models import group_parameters
+
+    ids = {id(p): name for name, p in model.named_parameters()}
+    own = dict(inner.timm_model.named_parameters())
+    head = {id(p) for p in inner.timm_model.get_classifier().parameters()}
+    groups = group_parameters(inner.timm_model, inner.timm_model.group_matcher(coarse=False))
+    found = [[own[name] for name in groups[key]] for key in sorted(groups)]
+    named = [[ids[id(p)] for p in layer if id(p) in ids and id(p) not in head] for layer in found]
+    return [layer for layer in named if layer]
+
+
 def head_modules(model: nn.Module) -> list[str]:
     """Names of the top-level modules beside the backbone. An adapter's wrapper is looked through."""
     inner = unwrap(model)
+    if hasattr(inner, "timm_model"):
+        head = inner.timm_model.get_classifier()  # type: ignore[operator, union-attr]
+        return [name for name, child in inner.named_modules() if child is head and any(True for _ in child.parameters())]
     prefix = getattr(inner, "base_model_prefix", "")
     if not prefix or not hasattr(inner, prefix):
         return []
@@ -406,6 +424,8 @@ def backbone_layers(model: nn.Module, root: nn.Module | None = None) -> list[lis
     The blocks are the module list with the most parameters. `root` is the backbone when it is not the base model.
     """
     inner = unwrap(model)
+    if root is None and hasattr(inner, "timm_model"):
+        return _timm_layers(model, inner)
     if root is None:
         prefix = getattr(inner, "base_model_prefix", "")
         root = getattr(inner, prefix, inner) if prefix else inner
