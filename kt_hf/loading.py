@@ -404,7 +404,9 @@ def head_modules(model: nn.Module) -> list[str]:
     inner = unwrap(model)
     if hasattr(inner, "timm_model"):
         head = inner.timm_model.get_classifier()  # type: ignore[operator, union-attr]
-        return [name for name, child in inner.named_modules() if child is head and any(True for _ in child.parameters())]
+        return [
+            name for name, child in inner.named_modules() if child is head and any(True for _ in child.parameters())
+        ]
     prefix = getattr(inner, "base_model_prefix", "")
     if not prefix or not hasattr(inner, prefix):
         return []

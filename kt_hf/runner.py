@@ -323,6 +323,13 @@ def _plan_training(context: Context, stage: Train) -> None:
         streaming.check(trial.data[1], trial.training, stack, task, where)
         if trial.training.learning_rate == "auto":
             range_test.num_steps(_steps(around, trial))
+        rows = around.info(trial).num_training_rows
+        size = trainer.global_batch(trial.training, context.accelerator.num_processes)
+        if trial.training.cache_frozen is True and rows and _steps(around, trial) < 2 * -(-rows // size):
+            raise RecipeError(
+                f"{where}: training.cache_frozen: the training has fewer than two epochs",
+                "train for at least two epochs, or set cache_frozen=auto",
+            )
         key = json.dumps(trial.strategies, sort_keys=True, default=str)
         if key not in sketched:  # setup depends on strategies alone
             sketched.add(key)

@@ -92,3 +92,10 @@ def test_a_tokenizer_of_a_stage_that_has_not_run(tmp_path):
     folders = [tmp_path / "out" / name / "model" / "tokenizer.json" for name in ("teacher", "student")]
     assert folders[0].read_text() == folders[1].read_text()
     run(recipe, tmp_path / "out")
+
+
+def test_outputs_are_not_kept_for_a_single_epoch(tmp_path):
+    """12 rows, 2 steps of 8: found before the first stage begins."""
+    probe = Train("second", [{"finetune": {"linear_probe": True}}], training={"cache_frozen": True})
+    said = refused(tmp_path, TINY, texts(tmp_path / "data"), [Train("first"), probe])
+    assert "fewer than two epochs" in said
