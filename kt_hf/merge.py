@@ -21,12 +21,17 @@ class MergeMethod:
     needs_validation: ClassVar[bool] = False
     """Whether `fit` scores candidates on validation data."""
     min_parents: ClassVar[int] = 1
+    elementwise: ClassVar[bool] = False
+    """Whether an element of the result depends on that element of the inputs and on the name alone. The engine then
+    hands out flat pieces of a tensor, in buffers that it uses again, and memory does not grow with the tensors; else
+    `tensor` gets whole tensors."""
 
     def fit(self, run: MergeRun) -> None:
         """Before the tensors: choose weights. `run.score(weights_M)` is the validation metric of that weighted mean."""
 
     def tensor(self, name: str, tensors_M: list[torch.Tensor], base: torch.Tensor | None, stats: Any) -> torch.Tensor:
-        """The merged tensor, float32, from the parents' (float32, same shape) and the base's."""
+        """The merged tensor from the parents' (float32, same shape) and the base's, in their dtype: float64 where the
+        user asked for it. Called from several threads, and in any order of names."""
         raise NotImplementedError
 
     def summary(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ class UniformSoup(MergeMethod):
     """
 
     paper = "Wortsman et al. 2022, Model soups, arXiv:2203.05482"
+    elementwise = True
 
     def __init__(self, *, weights: list[float] | None = None):
         self.weights = weights

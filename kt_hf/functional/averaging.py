@@ -8,16 +8,16 @@ import torch
 
 
 def weighted_mean(tensors_M: Sequence[torch.Tensor], weights_M: Sequence[float]) -> torch.Tensor:
-    """sum_m w_m theta_m / sum_m w_m, accumulated in float32 as a correction to the first: equal inputs give exactly
-    that input.
+    """sum_m w_m theta_m / sum_m w_m, accumulated in float32 (float64 if the first is) as a correction to the first:
+    equal inputs give exactly that input.
 
     Source: Wortsman et al. 2022, "Model soups", equation (1) for equal weights (arXiv:2203.05482).
     """
     total = float(sum(weights_M))
-    first = tensors_M[0].float()
+    first = tensors_M[0] if tensors_M[0].dtype == torch.float64 else tensors_M[0].float()
     mean = first.clone()
     for tensor, weight in zip(tensors_M[1:], weights_M[1:], strict=True):
-        mean += (tensor.float() - first) * (weight / total)
+        mean.add_(tensor.to(first.dtype) - first, alpha=weight / total)
     return mean
 
 

@@ -139,3 +139,17 @@ def leaves_the_parents(case: MergeCase) -> None:
         method.tensor(name, [p[name] for p in copies[1:]], copies[0][name], None)
     for before, after in zip((case.base, *case.parents), copies, strict=True):
         demand(not (names := differing(before, after)), f"it changed a parent in place: {some(names)}")
+
+
+@rule("merge", "pieces-give-the-whole", needs=("merges-finitely",))
+def pieces_give_the_whole(case: MergeCase) -> None:
+    """What says `elementwise = True` gives the same for flat pieces of a tensor as for the whole."""
+    if not case.cls.elementwise:  # type: ignore[attr-defined]
+        raise NotApplicable("it takes whole tensors")
+    method = case.fitted()
+    for name in SHAPES:
+        base_n, parents = case.base[name].flatten(), [p[name].flatten() for p in case.parents]
+        whole = method.tensor(name, [p[name] for p in case.parents], case.base[name], None).flatten()
+        cuts = [slice(i, i + 5) for i in range(0, base_n.numel(), 5)]
+        pieces = [method.tensor(name, [p[cut] for p in parents], base_n[cut], None) for cut in cuts]
+        demand(torch.allclose(torch.cat(pieces), whole, **CLOSE), f"pieces of {name} give other values than the whole")
