@@ -325,7 +325,7 @@ def _merge(context: Context, stage: Merge, seed: int, folder: Path) -> dict[str,
             candidate = folder / ".candidate"
             if accelerator.is_main_process:
                 shutil.rmtree(candidate, ignore_errors=True)
-                merging.merge(merging.WeightedMean(weights), parents, None, candidate)
+                merging.merge(merging.WeightedMean(weights), parents, None, candidate, sync=False)
             accelerator.wait_for_everyone()
             soup = task.load(Model(path=str(candidate)), info)
             _refresh_statistics(context, stage, soup)
