@@ -76,11 +76,15 @@ class Keep:
     def __call__(self, part: torch.Tensor) -> torch.Tensor:
         if self.magnitude == 0:
             return part
+        if self.num_equal == 0:
+            return torch.nn.functional.hardshrink(part, self.magnitude)
         kept = torch.nn.functional.hardshrink(part, self.below)
         if self.num_equal is not None:
-            equal = (kept.abs() == self.magnitude).nonzero()[:, 0]
-            kept[equal[self.num_equal :]] = 0.0
-            self.num_equal = max(self.num_equal - len(equal), 0)
+            equal = kept.abs() == self.magnitude
+            count = int(equal.sum())
+            if count > self.num_equal:
+                kept[equal.nonzero()[self.num_equal :, 0]] = 0.0
+            self.num_equal = max(self.num_equal - count, 0)
         return kept
 
 

@@ -16,7 +16,7 @@ from kt_hf.functional.magnitude import PART, Keep, num_kept, order_of_rows
 Combination = Literal["linear", "ties"]
 Rescaling = Literal["density", "l1", "none"]
 TINY = 1e-9
-"""Below it a sum of shares is none, but rounding."""
+"""Keeps a sum of no shares from being divided by."""
 
 
 def task_vectors(tensors_M: Sequence[torch.Tensor], base: torch.Tensor) -> list[torch.Tensor]:
@@ -67,11 +67,11 @@ def _elected_mean(values_MC: torch.Tensor, weights_M: Sequence[float], divide_by
     if divide_by == "weights" and not plain:
         signs_MC.mul_(weights_M1.abs())
     sum_C = values_MC.sum(0, dtype=torch.float64)
-    elected_C = torch.where(sum_C < 0, -1.0, 1.0)
+    elected_C = sum_C.sign().add_(0.5).sign_().to(values_MC.dtype)
     # twice what agrees: all, and once more with the elected sign; what disagrees cancels out
-    agreeing_C = values_MC.abs_().sum(0).mul_(elected_C) + sum_C
+    agreeing_C = values_MC.abs_().sum(0).mul_(elected_C).add_(sum_C.to(values_MC.dtype))
     shares_C = signs_MC.sum(0).mul_(elected_C).add_(signs_MC.abs_().sum(0))
-    return agreeing_C.div_(shares_C.masked_fill_(shares_C < TINY, 1.0)).to(values_MC.dtype)
+    return agreeing_C.div_(shares_C.clamp_(min=TINY))
 
 
 def ties(
