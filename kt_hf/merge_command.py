@@ -56,7 +56,7 @@ def merge(
     output = Path(output)
     _check_words(dtype, compute, threads)
     shard_bytes = read_size(max_shard_size) if max_shard_size is not None else None
-    built = _build(method, given or {}, len(models))
+    built = _build(method, given or {}, models, base)
     if output.exists() or output.is_symlink():
         raise RecipeError(f"the output '{output}' exists", "name a folder that does not, or remove it")
     parents = [_find(name) for name in models]
@@ -104,20 +104,21 @@ def _check_words(dtype: str | None, compute: str, threads: int | None) -> None:
         raise RecipeError(f"--threads {threads} is no number of threads", "give 1 or more")
 
 
-def _build(name: str, given: dict[str, Any], count: int) -> Any:
+def _build(name: str, given: dict[str, Any], models: Sequence[str], base: str | None) -> Any:
     """The method with its settings, if it can do without data."""
     cls: Any = registry.load("merge", name)
     collect = Collector()
     valid = settings.validate(cls, given, name, collect)
     collect.raise_if_any()
+    from kt_hf.merge import check_parents
+
     method = cls(**valid)
     if method.needs_validation:
         raise RecipeError(
             f"{name} needs validation data, which `kt-hf merge` has not",
             f'write a recipe with data and a stage Merge("soup", "{name}", models=[...]), and use `kt-hf run`',
         )
-    if count < method.min_parents:
-        raise RecipeError(f"{count} models are given, {name} needs {method.min_parents}", "name more after --models")
+    check_parents(name, method, models, base)
     return method
 
 
@@ -129,7 +130,7 @@ class _Unscored:
     def __init__(self, num_parents: int, names: list[str]):
         self.num_parents, self.names = num_parents, names
 
-    def score(self, weights_M: Sequence[float]) -> float:
+    def score(self, weights_M: Sequence[float], base_weight: float = 0.0) -> float:
         raise RecipeError(
             "this merge scores candidates on validation data, which `kt-hf merge` has not",
             "write a recipe with data and a Merge stage, and use `kt-hf run`",

@@ -145,7 +145,8 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
 class MergeRun:
     """What a merge that searches may ask.
 
-    score: weights_M -> validation metric of the weighted mean of the parents. higher_is_better: of that metric.
+    score: weights_M -> validation metric of the weighted mean of the parents, and of the base where that has a weight.
+    higher_is_better: of that metric. evaluate: gets one weight per parent, and one more for the base.
     """
 
     def __init__(
@@ -155,8 +156,8 @@ class MergeRun:
         self._evaluate = evaluate
         self.scores: list[dict[str, Any]] = []
 
-    def score(self, weights_M: Sequence[float]) -> float:
-        weights = [float(w) for w in weights_M]
+    def score(self, weights_M: Sequence[float], base_weight: float = 0.0) -> float:
+        weights = [float(w) for w in weights_M] + ([float(base_weight)] if base_weight else [])
         value = self._evaluate(weights)
         self.scores.append({"weights": weights, "score": value})
         return value

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from kt_hf import MergeMethod, checkpoint, merging
+from kt_hf import MergeMethod, checkpoint, merging, registry
 from kt_hf.cli import main
 from kt_hf.errors import IntegrityError, RecipeError, ResourceError
 from kt_hf.functional.averaging import weighted_mean
@@ -100,6 +100,19 @@ def test_the_same_bits_for_any_number_of_threads_and_any_shards(tmp_path, method
         want = weighted_mean([s["embed.weight"] for s in states[:3]], WEIGHTS)
         torch.testing.assert_close(expected["embed.weight"], want, rtol=1e-6, atol=1e-7)
     assert torch.get_num_threads() >= 1
+
+
+@pytest.mark.parametrize("name", registry.names("merge"))
+def test_every_merge_gives_the_same_bits_on_several_threads(tmp_path, name):
+    method = registry.load("merge", name)()
+    if method.needs_validation:
+        pytest.skip("it chooses weights on validation data, and is a weighted mean then")
+    folders = [folder(tmp_path / f"p{i}", state(i)) for i in range(4)]
+    parents = folders[: min(method.max_parents or 3, 3)]
+    one = merged(method, parents, tmp_path / "one", folders[3], threads=1)
+    again = registry.load("merge", name)()
+    assert same(merged(again, parents, tmp_path / "four", folders[3], threads=4, shard_bytes=1000), one)
+    assert not torch.equal(one["embed.weight"], state(0)["embed.weight"])
 
 
 def test_shards_first_then_one_file_and_back(tmp_path):
@@ -509,6 +522,10 @@ def test_the_command_merges_without_a_recipe(tmp_path, capsys):
         (["uniform_soup", "--models", "a", "b", "--output", "o", "--dtype", "bf16"], 2, "did you mean 'bfloat16'"),
         (["uniform_soup", "--models", "a", "b", "--output", "o", "--max-shard-size", "big"], 2, "5GB"),
         (["uniform_soup", "--models", "a", "b", "--output", "o", "--threads", "0"], 2, "--threads"),
+        (["ties", "--models", "a", "b", "--output", "o"], 2, "base"),
+        (["ties", "--models", "a", "b", "--base", "wide", "--output", "o"], 2, "'wide'"),
+        (["ties", "--models", "a", "b", "--base", "labels", "--output", "o"], 0, "merged 2 models by ties"),
+        (["wise_ft", "curve=[0.1]", "--models", "a", "--base", "b", "--output", "o"], 2, "validation data"),
         (["uniform_soup", "--models", "a", "labels", "--output", "o"], 2, "differ in their labels"),
         (["uniform_soup", "--models", "a", "kind", "--output", "o"], 2, "differ in their model type"),
         (["uniform_soup", "--models", "a", "wide", "--output", "o"], 2, "[31, 16]"),
