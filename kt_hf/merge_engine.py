@@ -63,7 +63,7 @@ class Fusion:
     def units(self) -> Iterator[Unit]:
         for name, spec in self.writer.specs.items():
             count = self.models[0][name].numel()
-            if not self.method.elementwise and spec.dtype.is_floating_point:
+            if count and not self.method.elementwise and spec.dtype.is_floating_point:
                 yield Unit(name, 0, count, True)
                 continue
             for start in range(0, count, UNIT):

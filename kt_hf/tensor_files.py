@@ -6,13 +6,14 @@ larger than that; `opened` maps it for reading alone. Writing into such a tensor
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import mmap
 import os
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 """Of a shard, where the first parent has shards and nothing was said."""
 
-_DTYPES = {word: dtype for dtype, word in checkpoint._DTYPES.items()}
+_DTYPES = {word: dtype for dtype, word in checkpoint.DTYPES.items()}
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -43,7 +44,10 @@ def weight_files(folder: Path) -> list[Path]:
     for name in SINGLE:
         if (folder / name).is_file():
             return [folder / name]
-    raise IntegrityError(f"{folder} has no safetensors weights", f"expected {SINGLE[0]} or {INDEX}")
+    remedy = f"expected {SINGLE[0]} or {INDEX}"
+    if any((folder / "model" / name).is_file() for name in (INDEX, *SINGLE)):
+        remedy = f"did you mean {folder / 'model'}?"
+    raise IntegrityError(f"{folder} has no safetensors weights", remedy)
 
 
 def _index(folder: Path) -> dict[str, str]:
@@ -148,13 +152,13 @@ class Writer:
         self._handles = [self._begin(i, shard) for i, shard in enumerate(shards)]
 
     def _begin(self, i: int, shard: Sequence[Spec]) -> int:
-        head = header(shard)
+        head = checkpoint.header([(s.name, s.dtype, s.shape) for s in shard], {"format": "pt"})
         offset = len(head)
         for spec in shard:
             self.place[spec.name] = (i, offset)
             offset += spec.bytes
         handle = os.open(self.folder / self.files[i], os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        os.posix_fallocate(handle, 0, offset)  # a disk that is too small is found out here
+        _reserve(handle, offset)
         _write(handle, head, 0)
         return handle
 
@@ -186,22 +190,6 @@ def specs_of(tensors: dict[str, torch.Tensor]) -> list[Spec]:
     return [Spec(name, t.dtype, tuple(t.shape)) for name, t in tensors.items()]
 
 
-def header(specs: Iterable[Spec]) -> bytes:
-    """The head of a safetensors file; the tensors' bytes follow it without gaps."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for spec in specs:
-        entries[spec.name] = {
-            "dtype": checkpoint._DTYPES[spec.dtype],
-            "shape": list(spec.shape),
-            "data_offsets": [offset, offset + spec.bytes],
-        }
-        offset += spec.bytes
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
 def _pack(specs: Sequence[Spec], limit: int | None) -> list[list[Spec]]:
     """In order; a tensor that is larger than a file may be gets one of its own. Within a file the widest come first:
     readers refuse a tensor that does not start at a multiple of its item size."""
@@ -214,6 +202,16 @@ def _pack(specs: Sequence[Spec], limit: int | None) -> list[list[Spec]]:
         shards[-1].append(spec)
         size += spec.bytes
     return [sorted(shard, key=lambda spec: -spec.dtype.itemsize) for shard in shards]
+
+
+def _reserve(handle: int, size: int) -> None:
+    """A disk that is too small is found out here, where the file system can do that."""
+    try:
+        os.posix_fallocate(handle, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise
+        os.ftruncate(handle, size)
 
 
 def _write(handle: int, data: bytes | memoryview, offset: int) -> None:

@@ -104,14 +104,16 @@ def test_the_same_bits_for_any_number_of_threads_and_any_shards(tmp_path, method
 
 @pytest.mark.parametrize("name", registry.names("merge"))
 def test_every_merge_gives_the_same_bits_on_several_threads(tmp_path, name):
-    method = registry.load("merge", name)()
-    if method.needs_validation:
-        pytest.skip("it chooses weights on validation data, and is a weighted mean then")
     folders = [folder(tmp_path / f"p{i}", state(i)) for i in range(4)]
-    parents = folders[: min(method.max_parents or 3, 3)]
-    one = merged(method, parents, tmp_path / "one", folders[3], threads=1)
-    again = registry.load("merge", name)()
-    assert same(merged(again, parents, tmp_path / "four", folders[3], threads=4, shard_bytes=1000), one)
+
+    def merge_with(threads: int, **how) -> State:
+        method = registry.load("merge", name)()
+        parents = folders[: min(method.max_parents or 3, 3)]
+        method.fit(merging.MergeRun(len(parents), [p.name for p in parents], True, sum))
+        return merged(method, parents, tmp_path / str(threads), folders[3], threads=threads, **how)
+
+    one = merge_with(1)
+    assert same(merge_with(4, shard_bytes=1000), one)
     assert not torch.equal(one["embed.weight"], state(0)["embed.weight"])
 
 
@@ -531,6 +533,7 @@ def test_the_command_merges_without_a_recipe(tmp_path, capsys):
         (["uniform_soup", "--models", "a", "wide", "--output", "o"], 2, "[31, 16]"),
         (["uniform_soup", "--models", "a", "torn", "--output", "o"], 4, "no intact safetensors"),
         (["uniform_soup", "--models", "a", "bare", "--output", "o"], 4, "no safetensors weights"),
+        (["uniform_soup", "--models", "a", "stage", "--output", "o"], 4, "did you mean stage/model"),
         (["uniform_soup", "--models", "a", "words1", "--output", "o"], 0, "merged"),
         (["uniform_soup", "--models", "words1", "words2", "--output", "o"], 2, "differ in their vocabulary"),
         (["uniform_soup", "--models", "a", "nobody/nothing", "--output", "o"], 5, "nobody/nothing"),
@@ -556,6 +559,7 @@ def parents(tmp_path_factory) -> Path:
     file = root / "torn" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-9])
     (root / "bare" / "model.safetensors").unlink()
+    bert(root / "stage" / "model", 4)
     config = json.loads((root / "kind" / "config.json").read_text())
     (root / "kind" / "config.json").write_text(json.dumps({**config, "model_type": "roberta"}))
     for i in (1, 2):
