@@ -7,6 +7,7 @@ Shapes: M parents.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -145,7 +146,7 @@ class Fusion:
     def _write(self, name: str, start: int, merged: torch.Tensor, out: torch.Tensor, data: memoryview) -> None:
         count = merged.numel()
         # The sum is finite if all are, unless it overflows: one pass instead of three, while the piece is in the cache.
-        if not bool(merged.sum().isfinite()) and not bool(merged.isfinite().all()):
+        if not math.isfinite(merged.sum().item()) and not bool(merged.isfinite().all()):
             self._explain(name)
         out[:count].copy_(merged)
         if out.dtype == torch.float16 and not bool(out[:count].isfinite().all()):
