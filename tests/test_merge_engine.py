@@ -117,6 +117,24 @@ def test_every_merge_gives_the_same_bits_on_several_threads(tmp_path, name):
     assert not torch.equal(one["embed.weight"], state(0)["embed.weight"])
 
 
+def test_torch_uses_one_thread_within_each_of_ours(tmp_path):
+    """Else sums, and so bits, would depend on how many it takes."""
+    seen, before = [], torch.get_num_threads()
+
+    class Looks(MergeMethod):
+        def tensor(self, name, tensors_M, base, stats):
+            seen.append(torch.get_num_threads())
+            return tensors_M[0]
+
+    torch.set_num_threads(2)
+    try:
+        first = folder(tmp_path / "a", state(0))
+        merged(Looks(), [first, first], tmp_path / "out", threads=2)
+        assert set(seen) == {1} and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_shards_first_then_one_file_and_back(tmp_path):
     """The result is laid out as the first parent, if nothing else is said."""
     one, three = folder(tmp_path / "one", state(0)), folder(tmp_path / "three", state(1), shards=3)
