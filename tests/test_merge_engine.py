@@ -283,18 +283,21 @@ def test_a_method_that_writes_into_its_inputs_harms_nobody(tmp_path):
         assert torch.equal(found["layer.bias"], state(0)["layer.bias"] + 1) and same(load(first), state(0))
 
 
-def test_readers_find_every_tensor_at_a_multiple_of_its_size(tmp_path):
-    """Odd numbers of bytes before wide ones would make a file that torch cannot map."""
+def test_every_tensor_lies_at_a_multiple_of_its_item_size(tmp_path):
+    """As the format's own writer has it: readers that map a file may refuse others."""
     odd = {
         "a": torch.ones(3, dtype=torch.bfloat16),
         "b": torch.tensor([True]),
         "c": torch.arange(3),
         "d": torch.ones(5),
     }
-    first = folder(tmp_path / "a", odd)
-    merged(WeightedMean([1, 1]), [first, first], tmp_path / "out")
+    first = folder(tmp_path / "a", odd, shards=2)
+    merged(WeightedMean([1, 1]), [first, first], tmp_path / "out", shard_bytes=10**6)
     with safe_open(str(tmp_path / "out" / "model.safetensors"), framework="pt") as file:
         assert all(torch.equal(file.get_tensor(n), odd[n]) for n in odd) and file.metadata() == {"format": "pt"}
+    with open(tmp_path / "out" / "model.safetensors", "rb") as raw:
+        head = json.loads(raw.read(int.from_bytes(raw.read(8), "little")))
+    assert not any(head[n]["data_offsets"][0] % odd[n].element_size() for n in odd)
 
 
 # --- tied weights ----------------------------------------------------------------------------------------------------
@@ -343,6 +346,9 @@ def test_a_tied_copy_that_is_in_the_file_stays_a_copy(tmp_path):
 def test_a_copy_is_missed_where_weights_are_not_tied(tmp_path):
     llama(tmp_path / "a", 0, tied=False)
     llama(tmp_path / "b", 1, tied=True)
+    file = tmp_path / "a" / "model.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, file, {"format": "pt"})
     with pytest.raises(RecipeError, match=r"lm_head\.weight is not in 'b'"):
         merged(WeightedMean([1, 1]), [tmp_path / "a", tmp_path / "b"], tmp_path / "out")
 
