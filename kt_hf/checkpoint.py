@@ -15,9 +15,10 @@ import errno
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +31,7 @@ from kt_hf.errors import IntegrityError, ResourceError
 
 logger = logging.getLogger(__name__)
 
-_DTYPES = {
+DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -81,21 +82,22 @@ def write(path: Path, chunks: Iterator[Any] | list[Any]) -> dict[str, Any]:
     return {"sha256": digest.hexdigest(), "size": size}
 
 
+def header(entries: Iterable[tuple[str, torch.dtype, Sequence[int]]], metadata: dict[str, str] | None = None) -> bytes:
+    """The head of a safetensors file of these names, dtypes and shapes, whose bytes follow without gaps."""
+    found: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    offset = 0
+    for name, dtype, shape in entries:
+        size = math.prod(shape) * dtype.itemsize
+        found[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(found, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
 def tensor_chunks(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> Iterator[Any]:
     """The bytes of a safetensors file, tensor by tensor, without a copy of the whole."""
-    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-    offset = 0
-    for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": _DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + size],
-        }
-        offset += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
+    yield header([(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()], metadata)
     for tensor in tensors.values():
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         if flat.numel():

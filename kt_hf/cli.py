@@ -69,6 +69,16 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     )
     one.add_argument("--task", help="default: as the model's files say")
     one.add_argument("--output", metavar="FILE", help="also write the figures as JSON")
+    one = add("merge", "merge models in weight space, without a recipe")
+    one.add_argument("method", metavar="METHOD", help="name of a merge, such as uniform_soup; see `kt-hf list`")
+    one.add_argument("settings", nargs="*", metavar="key=value", help="settings of the method; see `kt-hf show METHOD`")
+    one.add_argument("--models", nargs="+", required=True, metavar="MODEL", help="folders or Hub ids")
+    one.add_argument("--base", metavar="MODEL", help="what they were fine-tuned from, for methods that ask for it")
+    one.add_argument("--output", required=True, metavar="DIR", help="a folder that does not exist yet")
+    one.add_argument("--dtype", metavar="DTYPE", help="of the result, such as bfloat16; default: the first model's")
+    one.add_argument("--compute", default="float32", metavar="DTYPE", help="float32 (default) or float64")
+    one.add_argument("--max-shard-size", metavar="SIZE", help="of a file, such as 5GB; default: as the first model")
+    one.add_argument("--threads", type=int, metavar="N", help="default: as many as torch uses; the result is the same")
     one = add("push", "publish a stage's model to the Hub")
     one.add_argument("folder", metavar="STAGE_DIR", help="a stage's folder, or its model/ folder")
     one.add_argument("repo", metavar="REPO", help="NAME or OWNER/NAME")
@@ -96,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(given: list[str]) -> argparse.Namespace:
     p, commands = parsers()
-    if given and given[0] in ("evaluate", "check-plugin"):  # options may stand between their settings
+    if given and given[0] in ("evaluate", "check-plugin", "merge"):  # options may stand between their settings
         return commands[given[0]].parse_intermixed_args(given[1:], argparse.Namespace(command=given[0]))
     return p.parse_args(given)
 
@@ -268,6 +278,28 @@ def evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
+def merge(options: argparse.Namespace) -> int:
+    from kt_hf import merge_command
+    from kt_hf.launch import set_up_logging
+
+    set_up_logging(options.debug)
+    models, given = merge_command.separate([*options.models, *options.settings])
+    print(
+        merge_command.merge(
+            options.method,
+            models,
+            options.output,
+            base=options.base,
+            given=given,
+            dtype=options.dtype,
+            compute=options.compute,
+            max_shard_size=options.max_shard_size,
+            threads=options.threads,
+        )
+    )
+    return 0
+
+
 def push(options: argparse.Namespace) -> int:
     from pathlib import Path
 
@@ -300,6 +332,7 @@ COMMANDS = {
     "report": report,
     "predict": predict,
     "evaluate": evaluate,
+    "merge": merge,
     "push": push,
 }
 

@@ -83,8 +83,14 @@ def _strategy(cls: Any) -> list[str]:
 
 
 def _merge(cls: Any) -> list[str]:
-    chooses = ["chooses on validation data"] if cls.needs_validation else []
-    return [f"takes {cls.min_parents} or more models of one architecture", *chooses]
+    least, most = cls.min_parents, cls.max_parents
+    count = f"{least} or more models" if most is None else "one model" if most == 1 else f"{least} to {most} models"
+    if least == most and most > 1:
+        count = f"{most} models"
+    base = ["needs their base: the model that they were trained from"] if cls.needs_base else []
+    needs = cls.needs_validation
+    when = "depends on its settings" if not isinstance(needs, bool) else "yes"
+    return [f"takes {count} of one architecture", *base, *([f"chooses on validation data: {when}"] if needs else [])]
 
 
 def _ensemble(cls: Any) -> list[str]:

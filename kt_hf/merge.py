@@ -5,9 +5,12 @@ Shapes: M parents.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+
+from kt_hf.errors import RecipeError
 
 if TYPE_CHECKING:
     from kt_hf.merging import MergeRun
@@ -21,14 +24,66 @@ class MergeMethod:
     needs_validation: ClassVar[bool] = False
     """Whether `fit` scores candidates on validation data."""
     min_parents: ClassVar[int] = 1
+    max_parents: ClassVar[int | None] = None
+    """None: any number."""
+    needs_base: ClassVar[bool] = False
+    """Whether it is about task vectors: `tensor` then always gets the base's tensor."""
+    order_matters: ClassVar[bool] = False
+    """Whether the parents in another order may give another model."""
+    elementwise: ClassVar[bool] = False
+    """Whether an element of the result depends on that element of the inputs and on the name alone. The engine then
+    hands out flat pieces of a tensor, in buffers that it uses again, and memory does not grow with the tensors; else
+    `tensor` gets whole tensors."""
+
+    def check(self, num_parents: int) -> None:
+        """Refuse, by a `RecipeError`, settings that do not fit so many parents. Called before anything is read."""
 
     def fit(self, run: MergeRun) -> None:
         """Before the tensors: choose weights. `run.score(weights_M)` is the validation metric of that weighted mean."""
 
     def tensor(self, name: str, tensors_M: list[torch.Tensor], base: torch.Tensor | None, stats: Any) -> torch.Tensor:
-        """The merged tensor, float32, from the parents' (float32, same shape) and the base's."""
+        """The merged tensor from the parents' (float32, same shape) and the base's, in their dtype: float64 where the
+        user asked for it. Called from several threads, and in any order of names."""
         raise NotImplementedError
 
     def summary(self) -> dict[str, Any]:
         """What `fit` decided, for the report."""
         return {}
+
+
+def check_parents(name: str, method: MergeMethod, parents: Sequence[str], base: str | None) -> None:
+    """Refuse a merge of these parents (as they are written) onto this base; nothing is read for it."""
+    least, most = method.min_parents, method.max_parents
+    if len(parents) < least:
+        raise RecipeError(f"{len(parents)} parents, {name} needs {least}", "name more models")
+    if most is not None and len(parents) > most:
+        raise RecipeError(f"{len(parents)} parents, {name} takes {most} at most", "name fewer models")
+    if method.needs_base and base is None:
+        raise RecipeError(
+            f"no base, and {name} merges what the parents have learnt since",
+            "name the model that they were trained from: base=DIR_OR_HUB_ID or @stage",
+        )
+    if method.needs_base and base in parents:
+        raise RecipeError(f"the base '{base}' is among the parents, where it has learnt nothing", "leave it out there")
+    method.check(len(parents))
+
+
+def check_weights(name: str, weights: Sequence[float] | None, num_parents: int, positive: bool = False) -> None:
+    """Refuse weights that are not one per parent, that are all 0, or, where they are shares of a mean, that do not add
+    up to something or hold negative ones."""
+    if weights is None:
+        return
+    if len(weights) != num_parents:
+        raise RecipeError(
+            f"{name}.weights: {len(weights)} weights for {num_parents} parents", "give one weight per parent"
+        )
+    if not any(weights):
+        raise RecipeError(f"{name}.weights: all are 0", "give a parent another weight")
+    if positive and min(weights) < 0:
+        raise RecipeError(f"{name}.weights: {min(weights)} as a share of a mean", "give weights of 0 or more")
+
+
+def check_fraction(name: str, value: float, above: float = 0.0) -> None:
+    """Refuse a fraction outside of (above, 1]."""
+    if not above < value <= 1:
+        raise RecipeError(f"{name}: got {value}", f"a number above {above:g}, 1 at most")

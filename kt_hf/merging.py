@@ -1,111 +1,152 @@
-"""The merge engine: parents are safetensors checkpoints; tensors are read memory-mapped, merged one by one and written.
+"""Merges of checkpoints: what goes in is checked, merged tensor by tensor (kt_hf/merge_engine.py) and written as a
+model directory that is there as a whole or not at all.
 
 Shapes: M parents.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import logging
+import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from kt_hf import checkpoint
 from kt_hf.errors import IntegrityError, RecipeError
 from kt_hf.functional.averaging import weighted_mean
 from kt_hf.merge import MergeMethod
+from kt_hf.merge_engine import Fusion, finite
+from kt_hf.progress import Bytes
+from kt_hf.tensor_files import SHARD_BYTES, Spec, Writer, open_model, weight_files
 
 logger = logging.getLogger(__name__)
 
-_WEIGHTS = ("model.safetensors", "open_clip_model.safetensors")
-_INDEX = "model.safetensors.index.json"
+Tensors = dict[str, torch.Tensor]
+
 _OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
 """What a parent's folder may hold beside: it would be taken for weights of the merged model."""
-
-
-def weight_files(folder: Path) -> dict[str, Path]:
-    """tensor name -> file of a model directory. Raises `IntegrityError` for missing, empty or torn files."""
-    if (folder / "adapter_config.json").exists():
-        raise RecipeError(f"{folder} holds an adapter", "merge stages take full models: export LoRA as `save: merged`")
-    if (folder / _INDEX).is_file():
-        names = json.loads((folder / _INDEX).read_text())["weight_map"]
-        files = {name: folder / file for name, file in names.items()}
-        for file in set(names.values()):
-            if Path(file).is_absolute() or ".." in Path(file).parts or not (folder / file).is_file():
-                raise IntegrityError(f"{folder}: the index names the shard '{file}'", "the checkpoint is incomplete")
-        return files
-    for candidate in _WEIGHTS:
-        path = folder / candidate
-        if path.is_file():
-            try:
-                with safe_open(str(path), framework="pt") as opened:
-                    return dict.fromkeys(opened.keys(), path)
-            except Exception as error:
-                raise IntegrityError(
-                    f"{path} is no intact safetensors file: {error}", "make or fetch this model again"
-                ) from error
-    raise IntegrityError(f"{folder} has no safetensors weights", f"expected {_WEIGHTS[0]} or {_INDEX}")
+_SHOWN = 20
+"""Differences that are listed; of more, the number."""
 
 
 class Parents:
-    """The parents' tensors, memory-mapped. Checked on opening: same names and shapes, all finite when asked."""
+    """The parents' tensors, memory-mapped for reading. Checked on opening: the same names and shapes."""
 
     def __init__(self, folders: Sequence[Path], names: Sequence[str]):
         self.folders, self.labels = list(folders), list(names)
-        self.files = [weight_files(folder) for folder in folders]
-        first = set(self.files[0])
-        for label, files in zip(names, self.files, strict=True):
-            if set(files) != first:
-                odd = sorted(set(files) ^ first)
-                raise RecipeError(
-                    f"'{names[0]}' and '{label}' differ in {len(odd)} tensors: {', '.join(odd[:5])}",
-                    "merge models of one architecture",
-                )
-        self._stack = ExitStack()
-        self._open: dict[Path, Any] = {}
+        for folder, label in zip(self.folders, self.labels, strict=True):
+            if "quantization_config" in config(folder):
+                remedy = "merge the models as they were before they were quantised"
+                raise RecipeError(f"'{label}' is quantised: its weights are no numbers that can be averaged", remedy)
+        self.models = [open_model(folder) for folder in folders]
+        _drop_tied_copies(self.models, config(self.folders[0]))
+        for label, model in zip(self.labels[1:], self.models[1:], strict=True):
+            refuse_differences(self.labels[0], self.models[0], label, model)
 
     def __enter__(self) -> Parents:
-        for path in {p for files in self.files for p in files.values()}:
-            self._open[path] = self._stack.enter_context(safe_open(str(path), framework="pt"))
-        for name in self.files[0]:
-            shapes = [self._open[files[name]].get_slice(name).get_shape() for files in self.files]
-            for label, shape in zip(self.labels, shapes, strict=True):
-                if shape != shapes[0]:
-                    raise RecipeError(
-                        f"{name} is {shapes[0]} in '{self.labels[0]}' and {shape} in '{label}'",
-                        "merge models of one shape, with the same labels and vocabulary",
-                    )
         return self
 
     def __exit__(self, *exc: Any) -> None:
-        self._stack.close()
+        self.models = []
 
     def names(self) -> list[str]:
-        return list(self.files[0])
+        return list(self.models[0])
 
     def tensors(self, name: str) -> list[torch.Tensor]:
-        return [self._open[files[name]].get_tensor(name) for files in self.files]
+        """To be copied before they are written to."""
+        return [model[name] for model in self.models]
 
     def check_finite(self) -> None:
-        for name in self.names():
-            for label, tensor in zip(self.labels, self.tensors(name), strict=True):
-                if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        def check(model: Tensors) -> str | None:
+            return next((n for n, t in model.items() if t.is_floating_point() and not finite(t)), None)
+
+        with ThreadPoolExecutor(min(len(self.models), torch.get_num_threads())) as workers:
+            for label, name in zip(self.labels, workers.map(check, self.models), strict=True):
+                if name is not None:
                     raise IntegrityError(
                         f"parent '{label}' has non-finite values in {name}", "leave it out of the merge"
                     )
 
 
+def config(folder: Path) -> dict[str, Any]:
+    """config.json of a model directory; empty where there is none, as for OpenCLIP."""
+    try:
+        found = json.loads((folder / "config.json").read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise IntegrityError(f"{folder / 'config.json'} cannot be read ({error})", "fetch this model again") from error
+    return found if isinstance(found, dict) else {}
+
+
+def refuse_differences(label: str, first: Tensors, other_label: str, other: Tensors, extra: bool = False) -> None:
+    """Raise `RecipeError` with what differs between two models. extra: the second may have more tensors."""
+    odd = [f"{n} is not in '{other_label}'" for n in first if n not in other]
+    odd += [f"{n} is not in '{label}'" for n in other if n not in first and not extra]
+    for name in first.keys() & other.keys():
+        a, b = first[name], other[name]
+        if a.shape != b.shape:
+            odd.append(f"{name} is {list(a.shape)} in '{label}' and {list(b.shape)} in '{other_label}'")
+        elif a.dtype != b.dtype and not (a.is_floating_point() and b.is_floating_point()):
+            odd.append(f"{name} is {a.dtype} in '{label}' and {b.dtype} in '{other_label}'")
+    if odd:
+        odd.sort()
+        more = [f"and {len(odd) - _SHOWN} more"] if len(odd) > _SHOWN else []
+        raise RecipeError(
+            f"'{label}' and '{other_label}' differ in {len(odd)} tensors: {'; '.join([*odd[:_SHOWN], *more])}",
+            "merge models of one architecture and shape, with the same labels and vocabulary",
+        )
+
+
+def _drop_tied_copies(models: Sequence[Tensors], settings: dict[str, Any]) -> None:
+    """Where weights are tied, some checkpoints hold them once and some twice: what only some hold, and is a copy of
+    what all hold, is left out."""
+    parts = [settings, *(v for v in settings.values() if isinstance(v, dict))]
+    if any(part.get("tie_word_embeddings") is False for part in parts):
+        return
+    common = set.intersection(*(set(model) for model in models))
+    for name in sorted(set().union(*models) - common):
+        holders = [model for model in models if name in model]
+        if all(any(_same(m[name], m[other]) for other in common if m[other].dim() > 1) for m in holders):
+            logger.info("%s is a tied copy that not all parents hold: left out", name)
+            for model in holders:
+                del model[name]
+
+
+def _twins(models: Sequence[Tensors]) -> dict[str, str]:
+    """Names of matrices that are copies of another in every model -> that one: a method that goes by the name, as those
+    do that draw at random, must not part what is tied."""
+    found: dict[tuple[Any, ...], str] = {}
+    twins = {}
+    for name, tensor in models[0].items():
+        if tensor.dim() < 2 or not tensor.numel() or not tensor.is_floating_point():
+            continue
+        beginnings = [bytes(m[name].reshape(-1)[:64].view(torch.uint8).tolist()) for m in models]
+        other = found.setdefault((tensor.shape, *beginnings), name)
+        if other != name and all(_same(m[name], m[other]) for m in models):
+            twins[name] = other
+    return twins
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a[:1], b[:1]) and torch.equal(a, b)
+
+
 class MergeRun:
     """What a merge that searches may ask.
 
-    score: weights_M -> validation metric of the weighted mean of the parents. higher_is_better: of that metric.
+    score: weights_M -> validation metric of the weighted mean of the parents, and of the base where that has a weight.
+    higher_is_better: of that metric. evaluate: gets one weight per parent, and one more for the base.
     """
 
     def __init__(
@@ -115,8 +156,8 @@ class MergeRun:
         self._evaluate = evaluate
         self.scores: list[dict[str, Any]] = []
 
-    def score(self, weights_M: Sequence[float]) -> float:
-        weights = [float(w) for w in weights_M]
+    def score(self, weights_M: Sequence[float], base_weight: float = 0.0) -> float:
+        weights = [float(w) for w in weights_M] + ([float(base_weight)] if base_weight else [])
         value = self._evaluate(weights)
         self.scores.append({"weights": weights, "score": value})
         return value
@@ -129,6 +170,8 @@ class MergeRun:
 class WeightedMean(MergeMethod):
     """The weighted mean of the parents, for scoring candidates. Parents of weight 0 are left out exactly."""
 
+    elementwise = True
+
     def __init__(self, weights_M: Sequence[float]):
         self.weights_M = weights_M
 
@@ -137,24 +180,135 @@ class WeightedMean(MergeMethod):
         return weighted_mean([t for t, _ in used], [w for _, w in used])
 
 
-def merge(method: MergeMethod, parents: Parents, base: Parents | None, folder: Path) -> None:
-    """Write the merged model directory: the first parent's files with merged weights."""
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = set(parents.files[0].values())
-    for path in parents.folders[0].iterdir():
-        if path.is_file() and path.suffix not in _OTHER_WEIGHTS and path.name not in (_INDEX, "README.md"):
-            shutil.copy2(path, folder / path.name)
-    target = next(iter(weights)).name if len(weights) == 1 else "model.safetensors"
+def merge(
+    method: MergeMethod,
+    parents: Parents,
+    base: Parents | None,
+    folder: Path,
+    *,
+    out_dtype: torch.dtype | None = None,
+    compute: torch.dtype = torch.float32,
+    shard_bytes: int | None = None,
+    threads: int | None = None,
+    sync: bool = True,
+    files: Mapping[str, str] | None = None,
+) -> int:
+    """Write the merged model directory: the first parent's files with merged weights. Returns the bytes of those.
 
-    merged: dict[str, torch.Tensor] = {}
-    for name in parents.names():
-        tensors = parents.tensors(name)
-        if not tensors[0].is_floating_point():
-            merged[name] = tensors[0]
-            continue
-        base_tensor = base.tensors(name)[0].float() if base is not None else None
-        merged[name] = method.tensor(name, [t.float() for t in tensors], base_tensor, None).to(tensors[0].dtype)
-    checkpoint.write(folder / target, checkpoint.tensor_chunks(merged, {"format": "pt"}))
+    out_dtype: of what is a floating point number; default: the first parent's. shard_bytes: of a file at most;
+    default: one file where the first parent is one, else `SHARD_BYTES`. threads: default as torch's. sync: outlast a
+    loss of power. files: texts to write beside, by name.
+    """
+    first = parents.folders[0]
+    if base is not None:
+        refuse_differences(parents.labels[0], parents.models[0], base.labels[0], base.models[0], extra=True)
+    _check_buffers(parents)
+    sources = weight_files(first)
+    single = sources[0].name if len(sources) == 1 else "model.safetensors"
+    if shard_bytes is None and len(sources) > 1:
+        shard_bytes = SHARD_BYTES
+    specs = [
+        Spec(n, out_dtype if out_dtype and t.is_floating_point() else t.dtype, tuple(t.shape))
+        for n, t in parents.models[0].items()
+    ]
+    if single == "open_clip_model.safetensors":
+        shard_bytes = None  # its readers know no shards
+    with checkpoint.disk(folder), _staged(folder) as staged:
+        _copy_files(first, staged, out_dtype)
+        writer = Writer(staged, specs, single, shard_bytes)
+        progress = Bytes(f"merging into {folder.name}", writer.total)
+        try:
+            labelled = dict(zip(_distinct(parents.labels), parents.models, strict=True))
+            base_model = base.models[0] if base is not None else None
+            fusion = Fusion(method, labelled, base_model, writer, compute, _twins(parents.models))
+            fusion.run(threads or torch.get_num_threads(), progress.add, sync)
+            writer.finish()
+        finally:
+            progress.close()
+            writer.close()
+        for name, text in (files or {}).items():
+            (staged / name).write_text(text)
+        return writer.total
+
+
+def _distinct(labels: Sequence[str]) -> list[str]:
+    """The same parent may be there twice."""
+    return [label if label not in labels[:i] else f"{label} ({i + 1})" for i, label in enumerate(labels)]
+
+
+@contextmanager
+def _staged(folder: Path) -> Iterator[Path]:
+    """A folder beside that becomes `folder` if all goes well, in place of what is there. What a killed process left is
+    removed by the next; two at once are kept apart by a lock of the kernel."""
+    staged = folder.with_name(f".{folder.name}.partial")
+    staged.mkdir(parents=True, exist_ok=True)
+    handle = os.open(staged, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.stat(staged).st_ino != os.fstat(handle).st_ino:
+                raise BlockingIOError(errno.EWOULDBLOCK, "another process has just finished")
+        except (BlockingIOError, FileNotFoundError) as error:
+            raise RecipeError(f"another merge writes {folder}", "wait for it, or name another folder") from error
+        for path in staged.iterdir():
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        try:
+            yield staged
+            checkpoint.fsync_folder(staged)
+            shutil.rmtree(folder, ignore_errors=True)
+            staged.rename(folder)
+            checkpoint.fsync_folder(folder.parent)
+        except BaseException:
+            shutil.rmtree(staged, ignore_errors=True)
+            raise
+    finally:
+        os.close(handle)
+
+
+def _copy_files(first: Path, folder: Path, out_dtype: torch.dtype | None) -> None:
+    """Configuration, tokenizer and what else a parent's folder holds, but no weights, no index of them, and no card."""
+    for path in first.iterdir():
+        weights = path.suffix in _OTHER_WEIGHTS or path.name.endswith(".index.json")
+        if path.is_file() and not weights and path.name not in ("README.md", ".gitattributes"):
+            shutil.copyfile(path, folder / path.name)
+    if (first / "modules.json").is_file():  # of sentence-transformers: settings of its modules lie in folders
+        for path in first.glob("*_*/*"):
+            if path.suffix in _OTHER_WEIGHTS:
+                raise RecipeError(f"{path} has weights beside those of the model", "merge models without such modules")
+            if path.is_file():
+                (folder / path.parent.name).mkdir(exist_ok=True)
+                shutil.copyfile(path, folder / path.parent.name / path.name)
+    if out_dtype is not None and (settings := config(folder)):
+        _set_dtype(settings, str(out_dtype).removeprefix("torch."))
+        (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _set_dtype(settings: dict[str, Any], word: str) -> None:
+    """In a configuration and in those within it: it is what the model is loaded in."""
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            _set_dtype(value, word)
+        elif key in ("dtype", "torch_dtype") and isinstance(value, str):
+            settings[key] = word
+
+
+def _check_buffers(parents: Parents) -> None:
+    """Say which buffers of whole numbers differ, and that they are the first parent's; refuse what looks like weights
+    that were quantised."""
+    numbers = [n for n, t in parents.models[0].items() if not t.is_floating_point()]
+    differ = [n for n in numbers if not all(torch.equal(m[n], parents.models[0][n]) for m in parents.models[1:])]
+    for name in differ:
+        tensor = parents.models[0][name]
+        if tensor.dim() > 1 and tensor.element_size() == 1 and tensor.dtype != torch.bool:
+            remedy = "merge the models as they were before they were quantised"
+            raise RecipeError(f"{name} holds whole numbers of one byte that differ: weights that are quantised", remedy)
+    if differ:
+        some = ", ".join(differ[:5]) + (f" and {len(differ) - 5} more" if len(differ) > 5 else "")
+        logger.warning(
+            "buffers that are no floating point numbers are those of '%s', and others differ: %s",
+            parents.labels[0],
+            some,
+        )
 
 
 def batch_statistics(model: nn.Module) -> list[nn.Module]:

@@ -23,7 +23,7 @@ _LOCAL_PATH = re.compile(
 def model_card(
     model_name: str,
     *,
-    task: str,
+    task: str | None,
     sentence: str = "",
     base_model: str | None = None,
     base_revision: str | None = None,
@@ -40,7 +40,7 @@ def model_card(
     """The text of README.md: YAML front matter with a model index, then the same facts for people.
 
     Args:
-        task: pipeline tag, such as `text-classification`.
+        task: pipeline tag, such as `text-classification`; None where nothing is known of it.
         sentence: what the evidence says.
         base_model: Hub id or local path of the model that training started from; None for a merge, whose parents
             stand in for it. base_revision: its commit, where that is known.
@@ -91,14 +91,14 @@ def _section(title: str, lines: Sequence[str]) -> list[str]:
 
 
 def _eval_results(
-    task: str, datasets: Sequence[tuple[str, str | None, str | None]], metrics: Sequence[Mapping[str, Any]]
+    task: str | None, datasets: Sequence[tuple[str, str | None, str | None]], metrics: Sequence[Mapping[str, Any]]
 ) -> list[Any]:
     """One entry of the model index per metric with a finite value; JSON and the Hub know no NaN."""
     from huggingface_hub import EvalResult
 
     results = []
     for metric in metrics:
-        if not math.isfinite(float(metric["value"])):
+        if task is None or not math.isfinite(float(metric["value"])):
             continue
         name, split, fingerprint = _dataset_of(metric, datasets)
         bounds = {"low": metric.get("low"), "high": metric.get("high"), "num_seeds": metric.get("seeds")}

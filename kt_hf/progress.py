@@ -67,6 +67,31 @@ class Progress:
             self.bar.close()
 
 
+class Bytes:
+    """Bytes done of a long piece of work: a bar on a terminal, now and then a line elsewhere."""
+
+    def __init__(self, name: str, total: int):
+        self.name, self.total, self.done = name, total, 0
+        self.bar: Any = None
+        if sys.stderr.isatty():
+            self.bar = tqdm(
+                total=total, desc=name, unit="B", unit_scale=True, leave=False, dynamic_ncols=True, mininterval=0.2
+            )
+        self.next_line = time.monotonic() + PATIENCE
+
+    def add(self, count: int) -> None:
+        self.done += count
+        if self.bar is not None:
+            self.bar.update(count)
+        elif time.monotonic() >= self.next_line:
+            self.next_line = time.monotonic() + PATIENCE
+            logger.info("%s: %.1f of %.1f GB", self.name, self.done / 1e9, self.total / 1e9)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
 def title(folder: Path) -> str:
     """The training of a folder in words: its stage, its seed, and which trial of a search it is."""
     parts, stage = [], folder

@@ -24,6 +24,7 @@ from kt_hf import folder as folders
 from kt_hf import recipe as grammar
 from kt_hf.errors import Collector, RecipeError
 from kt_hf.loading import local
+from kt_hf.merge import MergeMethod, check_parents
 from kt_hf.recipe import Data, Ensemble, Evaluate, Merge, Model, Recipe, Stage, Train
 from kt_hf.roles import fitting_tasks
 from kt_hf.task import Task
@@ -259,7 +260,21 @@ def check_plugins_build(recipe: Recipe, settings: dict[tuple[str, str], dict[str
                 medium = task.augments if task is not None else None
                 augmenting.transforms(stage.data[1].augment if stage.data else None, medium)
             elif isinstance(stage, (Merge, Ensemble)):
-                stages.build(stage.verb, stage.method, stage, settings)
+                method = stages.build(stage.verb, stage.method, stage, settings)
+                if isinstance(stage, Merge):
+                    _check_merge(stage, method, recipe)
+
+
+def _check_merge(stage: Merge, method: MergeMethod, recipe: Recipe) -> None:
+    by_name = {s.name: s for s in recipe.stages}
+    names = [str(m.path) for m in stage.models]
+    if grammar.merges_seeds(stage, by_name):
+        names *= by_name[names[0][1:]].seeds
+    base = str(stage.base.path) if stage.base is not None else None
+    try:
+        check_parents(grammar.named(stage.method)[0], method, names, base)
+    except RecipeError as error:
+        raise RecipeError(f"stages.{stage.name}: {error.cause}", error.remedy) from None
 
 
 def check_streams(stage: Train, stack: dict[str, Any], recipe: Recipe, collect: Collector) -> None:

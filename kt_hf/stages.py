@@ -302,11 +302,6 @@ def _merge(context: Context, stage: Merge, seed: int, folder: Path) -> dict[str,
     task, info, accelerator = context.task(stage), context.info(stage), context.accelerator
     names, models = find_parents(context, stage, seed)
     method = build("merge", stage.method, stage, context.settings)
-    if len(models) < method.min_parents:
-        raise RecipeError(
-            f"stages.{stage.name}: {len(models)} parents, {grammar.named(stage.method)[0]} needs {method.min_parents}",
-            "name more models",
-        )
     started = time.perf_counter()
     loaded = task.load(models[0], info)
     _check_kinship(task, loaded, models, names, info)
@@ -317,7 +312,13 @@ def _merge(context: Context, stage: Merge, seed: int, folder: Path) -> dict[str,
             f"stages.{stage.name}: the parents keep batch statistics, and no training data are there to estimate them",
             "give the stage data with a training split",
         )
-    with merging.Parents([Path(str(m.path)) for m in models], names) as parents:
+    folders = [Path(str(m.path)) for m in models]
+    if base is not None:
+        with merging.Parents([*folders, Path(str(base.path))], [*names, "base"]):
+            pass  # the base has the parents' tensors
+        with merging.Parents([Path(str(base.path))], ["base"]) as start:
+            start.check_finite()
+    with merging.Parents(folders, names) as parents:
         parents.check_finite()
 
         def score(weights: list[float]) -> float:
@@ -325,7 +326,13 @@ def _merge(context: Context, stage: Merge, seed: int, folder: Path) -> dict[str,
             candidate = folder / ".candidate"
             if accelerator.is_main_process:
                 shutil.rmtree(candidate, ignore_errors=True)
-                merging.merge(merging.WeightedMean(weights), parents, None, candidate)
+                mean = merging.WeightedMean(weights)
+                if len(weights) == len(models):
+                    merging.merge(mean, parents, None, candidate, sync=False)
+                else:
+                    assert base is not None
+                    with merging.Parents([*folders, Path(str(base.path))], [*names, "base"]) as with_base:
+                        merging.merge(mean, with_base, None, candidate, sync=False)
             accelerator.wait_for_everyone()
             soup = task.load(Model(path=str(candidate)), info)
             _refresh_statistics(context, stage, soup)

@@ -19,6 +19,7 @@ class GreedySoup(MergeMethod):
 
     paper = "Wortsman et al. 2022, Model soups, recipe 1, arXiv:2203.05482"
     needs_validation = True
+    elementwise = True
 
     def __init__(self) -> None:
         self.chosen: list[str] = []

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 
 from kt_hf import MergeMethod
+from kt_hf.errors import RecipeError
 from kt_hf.functional.averaging import weighted_mean
+from kt_hf.merge import check_weights
 
 
 class UniformSoup(MergeMethod):
@@ -17,6 +19,7 @@ class UniformSoup(MergeMethod):
     """
 
     paper = "Wortsman et al. 2022, Model soups, arXiv:2203.05482"
+    elementwise = True
 
     def __init__(self, *, weights: list[float] | None = None):
         self.weights = weights
@@ -25,15 +28,7 @@ class UniformSoup(MergeMethod):
         weights_M = self.weights or [1.0] * len(tensors_M)
         return weighted_mean(tensors_M, weights_M)
 
-    def fit(self, run: Any) -> None:
-        from kt_hf.errors import RecipeError
-
-        if self.weights is None:
-            return
-        if len(self.weights) != run.num_parents:
-            raise RecipeError(
-                f"uniform_soup.weights: {len(self.weights)} weights for {run.num_parents} parents",
-                "give one weight per parent",
-            )
-        if sum(self.weights) == 0:
+    def check(self, num_parents: int) -> None:
+        check_weights("uniform_soup", self.weights, num_parents)
+        if self.weights is not None and abs(sum(self.weights)) < 1e-9:
             raise RecipeError("uniform_soup.weights: they add up to 0", "give weights with another sum")

@@ -419,7 +419,18 @@ class TakesTheFirst(MergeMethod):
         return tensors_M[0].mul_(1 + 1e-3 * self.calls).half()
 
 
+class SpreadsTheMeans(MergeMethod):
+    """Of a whole tensor, though it says that it goes by elements."""
+
+    elementwise = True
+
+    def tensor(self, name: str, tensors_M: list[torch.Tensor], base: Any, stats: Any) -> torch.Tensor:
+        means_M = torch.stack([t.mean() for t in tensors_M])
+        return torch.stack(tensors_M).mean(0) + (means_M.max() - means_M.min())
+
+
 def test_merges_can_fail():
+    assert set(broken("merge", SpreadsTheMeans)) == {"pieces-give-the-whole"}
     assert set(broken("merge", SumsUp)) == {"copies-give-the-model"}
     assert {"order-does-not-matter", "keeps-the-dtype", "tensor-by-tensor", "leaves-the-parents"} <= set(
         broken("merge", TakesTheFirst)

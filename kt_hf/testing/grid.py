@@ -86,7 +86,10 @@ class Grid:
             own = {**given, **dict.fromkeys(_needs(name), self.parents[0])}
             return Train("cell", strategies=self.stack({name: own}), model={"path": self.bench.saved("start")})
         noun = {"merge": Merge, "ensemble": Ensemble}[kind]
-        return noun("cell", {name: given}, models=self.parents)
+        cls = registry.load(kind, name)
+        models = self.parents[: getattr(cls, "max_parents", None)]
+        base = {"base": self.bench.saved("start")} if getattr(cls, "needs_base", False) else {}
+        return noun("cell", {name: given}, models=models, **base)
 
     def cell(self, column: str) -> Cell:
         """Run one pair. What is refused must be refused by a `RecipeError`; anything else is a fault and raised."""

@@ -29,7 +29,8 @@ class MergeCase(Case):
 
     def __init__(self, name: str, cls: type, given: dict[str, Any], folder: Path):
         super().__init__("merge", name, cls, given, folder)
-        self.count = max(3, cls.min_parents)  # type: ignore[attr-defined]
+        least, most = cls.min_parents, cls.max_parents  # type: ignore[attr-defined]
+        self.count = max(3, least) if most is None else min(max(3, least), most)
         self.base = state(0)
         # distinct sizes, so that methods which rank by magnitude or score have no ties
         self.parents = [
@@ -41,9 +42,9 @@ class MergeCase(Case):
         """Through files and the engine, as a stage does it."""
         folders = [write(s, self.folder / where / f"parent{i}") for i, s in enumerate(parents)]
         names = [f"parent{i}" for i in range(len(parents))]
-        method = self.build()
+        method = self.built()
         with merging.Parents(folders, names) as opened:
-            method.fit(merging.MergeRun(len(parents), names, True, lambda w: score(parents, w)))
+            method.fit(merging.MergeRun(len(parents), names, True, lambda w: score([*parents, base or parents[0]], w)))
             if base is None:
                 merging.merge(method, opened, None, self.folder / where / "merged")
             else:
@@ -55,10 +56,17 @@ class MergeCase(Case):
     def merged(self) -> State:
         return self.merge(self.parents, self.base, "whole")
 
-    def fitted(self) -> MergeMethod:
+    def built(self) -> MergeMethod:
+        """With settings that fit the parents, as the plan makes sure."""
         method: MergeMethod = self.build()
+        method.check(self.count)
+        return method
+
+    def fitted(self) -> MergeMethod:
+        method = self.built()
         names = [f"parent{i}" for i in range(self.count)]
-        method.fit(merging.MergeRun(self.count, names, True, lambda w: score(self.parents, w)))
+        models = [*self.parents, self.base]
+        method.fit(merging.MergeRun(self.count, names, True, lambda w: score(models, w)))
         return method
 
 
@@ -74,7 +82,9 @@ def write(tensors: State, folder: Path) -> Path:
 
 
 def score(parents: list[State], weights_M: list[float]) -> float:
-    """A validation metric that is a property of the merged weights, whatever the order of the parents."""
+    """A validation metric that is a property of the merged weights, whatever the order of the parents; of as many as
+    there are weights, of which the base's is the last."""
+    parents = parents[: len(weights_M)]
     total = sum(weights_M) or 1.0
     shares = [w / total for w in weights_M]
     mean = {n: torch.stack([w * p[n].double() for p, w in zip(parents, shares, strict=True)]).sum(0) for n in SHAPES}
@@ -105,8 +115,19 @@ def order_does_not_matter(case: MergeCase) -> None:
     """Parents in another order give the same model, unless the class says `order_matters = True`."""
     if getattr(case.cls, "order_matters", False):
         raise NotApplicable("it says that the order matters")
+    if case.count == 1:
+        raise NotApplicable("it takes one parent")
     merged = case.merge(case.parents[::-1], case.base, "reversed")
     demand(not (names := differing(merged, case.merged, **CLOSE)), f"other weights in another order: {some(names)}")
+
+
+@rule("merge", "does-without-a-base", needs=("merges-finitely",))
+def does_without_a_base(case: MergeCase) -> None:
+    """It merges without a base, unless the class says `needs_base = True`."""
+    if getattr(case.cls, "needs_base", False):
+        raise NotApplicable("it says that it needs a base")
+    merged = case.merge(case.parents, None, "alone")
+    demand(not (bad := [n for n, t in merged.items() if not t.isfinite().all()]), f"not finite: {some(bad)}")
 
 
 @rule("merge", "keeps-the-dtype", needs=("merges-finitely",))
@@ -139,3 +160,18 @@ def leaves_the_parents(case: MergeCase) -> None:
         method.tensor(name, [p[name] for p in copies[1:]], copies[0][name], None)
     for before, after in zip((case.base, *case.parents), copies, strict=True):
         demand(not (names := differing(before, after)), f"it changed a parent in place: {some(names)}")
+
+
+@rule("merge", "pieces-give-the-whole", needs=("merges-finitely",))
+def pieces_give_the_whole(case: MergeCase) -> None:
+    """What says `elementwise = True` gives the same for flat pieces of a tensor as for the whole."""
+    if not case.cls.elementwise:  # type: ignore[attr-defined]
+        raise NotApplicable("it takes whole tensors")
+    method = case.fitted()
+    for name in SHAPES:
+        base_n, parents = case.base[name].flatten(), [p[name].flatten() for p in case.parents]
+        whole = method.tensor(name, [p[name] for p in case.parents], case.base[name], None).flatten()
+        cuts = [slice(i, i + 5) for i in range(0, base_n.numel(), 5)]
+        pieces = [method.tensor(name, [p[cut] for p in parents], base_n[cut], None) for cut in cuts]
+        near = torch.allclose(torch.cat(pieces), whole, rtol=CLOSE["rtol"], atol=CLOSE["atol"])
+        demand(near, f"pieces of {name} give other values than the whole")

@@ -1,0 +1,217 @@
+"""Merging three Llama checkpoints of 1 GB each in bf16, several shards: seconds against `cp` of the inputs and against
+mergekit, start-up apart, and the anonymous memory of a process that merges.
+
+    python benchmarks/merge.py [--mergekit PYTHON] [--rounds 7] [--layers 8] [--work DIR]
+
+PYTHON is the interpreter of an environment that has mergekit. The aims: at most 1.25 times `cp`, at least 1.5 times
+faster than mergekit, and above the memory after `import torch` at most 2 x largest tensor x models + 200 MB. By default
+a merge also waits until its bytes are on the disk, which `cp` does not: both are shown with and without.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch
+from ratios import compare, paired, report
+
+from kt_hf import merging
+from kt_hf.tensor_files import Spec, Writer
+
+PARENTS = 3
+HIDDEN, INNER, VOCABULARY = 2048, 5632, 32000
+SHARD = 270_000_000
+
+MERGEKIT = """
+import sys, time, yaml, shutil
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+output, parents = sys.argv[1], sys.argv[2:]
+config = {"merge_method": "linear", "dtype": "bfloat16", "parameters": {"normalize": True},
+          "models": [{"model": p, "parameters": {"weight": 1.0}} for p in parents]}
+config = MergeConfiguration.model_validate(config)
+began = time.perf_counter()
+run_merge(config, output, MergeOptions(copy_tokenizer=False, quiet=True))
+print(f"seconds {time.perf_counter() - began}")
+"""
+
+MEMORY = """
+import sys, threading, time, json
+from pathlib import Path
+import torch
+def anonymous():
+    return int(next(l.split()[1] for l in open("/proc/self/status") if l.startswith("RssAnon"))) * 1024
+before = anonymous()
+most, stop = [before], threading.Event()
+def watch():
+    while not stop.wait(0.002):
+        most[0] = max(most[0], anonymous())
+from kt_hf import merging, registry
+watcher = threading.Thread(target=watch)
+watcher.start()
+folders = [Path(p) for p in sys.argv[2:]]
+with merging.Parents(folders, [f.name for f in folders]) as parents:
+    merging.merge(registry.load("merge", "uniform_soup")(), parents, None, Path(sys.argv[1]))
+stop.set()
+watcher.join()
+print(json.dumps({"above": most[0] - before}))
+"""
+
+
+def shapes(layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield "model.embed_tokens.weight", (VOCABULARY, HIDDEN)
+    small = HIDDEN // 4
+    for i in range(layers):
+        head = f"model.layers.{i}"
+        for name, rows in (("q", HIDDEN), ("k", small), ("v", small), ("o", HIDDEN)):
+            yield f"{head}.self_attn.{name}_proj.weight", (rows, HIDDEN)
+        yield f"{head}.mlp.gate_proj.weight", (INNER, HIDDEN)
+        yield f"{head}.mlp.up_proj.weight", (INNER, HIDDEN)
+        yield f"{head}.mlp.down_proj.weight", (HIDDEN, INNER)
+        yield f"{head}.input_layernorm.weight", (HIDDEN,)
+        yield f"{head}.post_attention_layernorm.weight", (HIDDEN,)
+    yield "model.norm.weight", (HIDDEN,)
+    yield "lm_head.weight", (VOCABULARY, HIDDEN)
+
+
+def make(folder: Path, seed: int, layers: int) -> Path:
+    """A Llama checkpoint of random weights."""
+    folder.mkdir()
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": HIDDEN,
+        "intermediate_size": INNER,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "vocab_size": VOCABULARY,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    draw = torch.Generator().manual_seed(seed)
+    writer = Writer(folder, [Spec(n, torch.bfloat16, s) for n, s in shapes(layers)], "model.safetensors", SHARD)
+    for name, shape in shapes(layers):
+        tensor = torch.randn(shape, generator=draw).mul_(0.02).bfloat16()
+        writer.write(name, memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    writer.finish()
+    writer.close()
+    return folder
+
+
+def clear(folder: Path) -> None:
+    subprocess.run(["rm", "-rf", str(folder)], check=True)
+
+
+def copy(parents: list[Path], work: Path, sync: bool) -> float:
+    output = work / "copies"
+    output.mkdir()
+    began = time.perf_counter()
+    subprocess.run(["cp", "-r", *map(str, parents), str(output)], check=True)
+    if sync:
+        for path in output.rglob("*.safetensors"):
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+    seconds = time.perf_counter() - began
+    clear(output)
+    return seconds
+
+
+def ours(parents: list[Path], work: Path, sync: bool, threads: int) -> float:
+    output = work / "ours"
+    began = time.perf_counter()
+    with merging.Parents(parents, [p.name for p in parents]) as opened:
+        merging.merge(merging.WeightedMean([1.0] * PARENTS), opened, None, output, sync=sync, threads=threads)
+    seconds = time.perf_counter() - began
+    clear(output)
+    return seconds
+
+
+def theirs(python: str, parents: list[Path], work: Path) -> float:
+    output = work / "theirs"
+    command = [python, "-c", MERGEKIT, str(output), *map(str, parents)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    clear(output)
+    return float(next(line.split()[1] for line in done.stdout.splitlines() if line.startswith("seconds ")))
+
+
+def agreement(python: str, parents: list[Path], work: Path) -> float:
+    """The largest difference between mergekit's result and ours."""
+    from kt_hf.tensor_files import open_model
+
+    with merging.Parents(parents, [p.name for p in parents]) as opened:
+        merging.merge(merging.WeightedMean([1.0] * PARENTS), opened, None, work / "ours")
+    subprocess.run([python, "-c", MERGEKIT, str(work / "theirs"), *map(str, parents)], check=True, capture_output=True)
+    a, b = open_model(work / "ours"), open_model(work / "theirs")
+    assert a.keys() == b.keys()
+    most = max(float((a[n].float() - b[n].float()).abs().max()) for n in a)
+    clear(work / "ours")
+    clear(work / "theirs")
+    return most
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--mergekit", metavar="PYTHON")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--work", default=tempfile.gettempdir())
+    options = parser.parse_args()
+    threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory(dir=options.work) as name:
+        work = Path(name)
+        parents = [make(work / f"parent{i}", i, options.layers) for i in range(PARENTS)]
+        os.sync()
+        size = sum(p.stat().st_size for p in parents[0].glob("*.safetensors"))
+        turns = {
+            "cp": functools.partial(copy, parents, work, False),
+            "kt_hf": functools.partial(ours, parents, work, False, threads),
+            "kt_hf, 1 thread": functools.partial(ours, parents, work, False, 1),
+            "cp + fsync": functools.partial(copy, parents, work, True),
+            "kt_hf + fsync (default)": functools.partial(ours, parents, work, True, threads),
+        }
+        facts = {}
+        if options.mergekit:
+            turns["mergekit"] = functools.partial(theirs, options.mergekit, parents, work)
+            facts["largest_difference_to_mergekit"] = agreement(options.mergekit, parents, work)
+        seconds = compare(turns, options.rounds)
+        done = subprocess.run(
+            [sys.executable, "-c", MEMORY, str(work / "ours"), *map(str, parents)],
+            check=True, capture_output=True, text=True,
+        )  # fmt: skip
+        above = json.loads(done.stdout.splitlines()[-1])["above"]
+    rows = [
+        {
+            "what": what,
+            "seconds": sorted(took)[len(took) // 2],
+            "ratio to cp": paired(took, seconds["cp"]),
+            "ratio to cp + fsync": paired(took, seconds["cp + fsync"]),
+            **({"ratio to mergekit": paired(took, seconds["mergekit"])} if options.mergekit else {}),
+        }
+        for what, took in seconds.items()
+    ]
+    largest = VOCABULARY * HIDDEN * 2
+    facts |= {
+        "bytes_of_a_parent": size,
+        "anonymous_bytes_above_torch": above,
+        "anonymous_bytes_allowed": 2 * largest * PARENTS + 200_000_000,
+    }
+    report("merge", rows, rounds=options.rounds, parents=PARENTS, merge_threads=threads, **facts)
+    print(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    main()

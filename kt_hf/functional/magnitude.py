@@ -1,0 +1,110 @@
+"""The k largest magnitudes of a tensor, found by counting bit patterns instead of sorting.
+
+Shapes: R rows of N elements. A float32's bits without the sign, read as an integer, order as its magnitude does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+PART = 1 << 17
+"""Elements at once: what is computed about them stays in the cache."""
+
+
+class Threshold(NamedTuple):
+    """magnitude: the k-th largest. above: how many are larger. equal: how many are as large."""
+
+    magnitude: float
+    above: int
+    equal: int
+
+
+def magnitude_threshold(values: torch.Tensor, k: int, origin: torch.Tensor | None = None) -> Threshold:
+    """The k-th largest of |values|, or of |values - origin|, exactly, for 1 <= k <= N and values in float32.
+
+    Counts the upper 16 bits of all, then the lower 16 of those in the bin where the k-th is. What is between `values`
+    and `origin` is made part by part, so that it need not be held.
+    """
+    assert 1 <= k <= values.numel() and values.dtype == torch.float32
+    parts = values.reshape(-1).split(PART)
+    origins = [None] * len(parts) if origin is None else origin.reshape(-1).split(PART)
+
+    def patterns() -> Iterator[torch.Tensor]:
+        for part, start in zip(parts, origins, strict=True):
+            found = part if start is None else part - start
+            yield found.view(torch.int32) & 0x7FFFFFFF
+
+    counts = torch.zeros(1 << 15, dtype=torch.int64)
+    for bits in patterns():
+        counts += torch.bincount(bits >> 16, minlength=1 << 15)
+    upper, above = _from_the_top(counts, k)
+    inside = torch.cat([bits[(bits >> 16) == upper] & 0xFFFF for bits in patterns()])
+    lows = torch.bincount(inside, minlength=1 << 16)
+    lower, more = _from_the_top(lows, k - above)
+    pattern = torch.tensor(upper << 16 | lower, dtype=torch.int32)
+    return Threshold(pattern.view(torch.float32).item(), above + more, int(lows[lower]))
+
+
+def _from_the_top(counts: torch.Tensor, k: int) -> tuple[int, int]:
+    """(bin of the k-th from the top, how many are in the bins above it)."""
+    from_top = counts.flip(0).cumsum(0)
+    place = int(torch.searchsorted(from_top, k))
+    return len(counts) - 1 - place, int(from_top[place - 1]) if place else 0
+
+
+class Keep:
+    """Sets to 0 what is not among the k largest magnitudes; of equal ones the first stay. Called with the parts of the
+    values in their order."""
+
+    def __init__(self, values: torch.Tensor, k: int, origin: torch.Tensor | None = None):
+        self.num_equal: int | None = None
+        """How many as large as the threshold may still come; None: all of them."""
+        if k <= 0:
+            self.magnitude, self.below = float("inf"), float("inf")
+        elif k >= values.numel():
+            self.magnitude, self.below = 0.0, 0.0
+        else:
+            self.magnitude, above, equal = magnitude_threshold(values, k, origin)
+            self.below = float(np.nextafter(np.float32(self.magnitude), np.float32(0)))
+            if above + equal > k and self.magnitude > 0:
+                self.num_equal = k - above
+
+    def __call__(self, part: torch.Tensor) -> torch.Tensor:
+        if self.magnitude == 0:
+            return part
+        if self.num_equal == 0:
+            return torch.nn.functional.hardshrink(part, self.magnitude)
+        kept = torch.nn.functional.hardshrink(part, self.below)
+        if self.num_equal is not None:
+            equal = kept.abs() == self.magnitude
+            count = int(equal.sum())
+            if count > self.num_equal:
+                kept[equal.nonzero()[self.num_equal :, 0]] = 0.0
+            self.num_equal = max(self.num_equal - count, 0)
+        return kept
+
+
+def keep_largest(values: torch.Tensor, k: int) -> torch.Tensor:
+    """`values` with all but the k largest magnitudes set to 0; of equal ones the first stay."""
+    return Keep(values, k)(values.reshape(-1)).reshape(values.shape).clone()
+
+
+def num_kept(density: float, numel: int) -> int:
+    """How many of `numel` a density keeps: rounded down as in peft and mergekit, but one at least where it is not 0."""
+    return max(int(density * numel), 1) if density > 0 and numel else 0
+
+
+def order_of_rows(values_RN: torch.Tensor) -> torch.Tensor:
+    """Within each row the places of the magnitudes, from the largest on; of equal ones the first comes first. int64.
+
+    Sorts by the lower, then by the upper 16 bits, for a stable sort of 16-bit numbers takes linear time.
+    """
+    bits_RN = 0x7FFFFFFF - (values_RN.contiguous().view(torch.int32) & 0x7FFFFFFF)  # largest first
+    lower_RN, upper_RN = (bits_RN & 0xFFFF).numpy().astype(np.uint16), (bits_RN >> 16).to(torch.int16)
+    order_RN = torch.from_numpy(np.argsort(lower_RN, axis=-1, kind="stable"))
+    then_RN = np.argsort(upper_RN.gather(1, order_RN).numpy(), axis=-1, kind="stable")
+    return order_RN.gather(1, torch.from_numpy(then_RN))

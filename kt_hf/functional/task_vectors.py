@@ -1,0 +1,205 @@
+"""Merges of task vectors, tau_m = theta_m - theta_0, as pure functions of one tensor. Shapes: M models, C elements of a
+part, R rows of N elements.
+
+What is random comes from a generator that is given. All trim or drop within a tensor; density is the fraction kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+
+from kt_hf.functional.magnitude import PART, Keep, num_kept, order_of_rows
+
+Combination = Literal["linear", "ties"]
+Rescaling = Literal["density", "l1", "none"]
+TINY = 1e-9
+"""Keeps a sum of no shares from being divided by."""
+
+
+def task_vectors(tensors_M: Sequence[torch.Tensor], base: torch.Tensor) -> list[torch.Tensor]:
+    """tau_m = theta_m - theta_0. Source: Ilharco et al. 2023, section 2 (arXiv:2212.04089)."""
+    return [tensor - base for tensor in tensors_M]
+
+
+def task_arithmetic(
+    base: torch.Tensor, vectors_M: Sequence[torch.Tensor], weights_M: Sequence[float], scaling: float = 1.0
+) -> torch.Tensor:
+    """theta_0 + scaling * sum_m w_m tau_m; a negative weight takes away what a model has learnt.
+
+    Source: Ilharco et al. 2023, Editing Models with Task Arithmetic, section 2: addition, negation and analogies
+    (w = 1, 1, -1) (arXiv:2212.04089).
+    """
+    merged = base.clone()
+    for vector, weight in zip(vectors_M, weights_M, strict=True):
+        merged.add_(vector, alpha=scaling * weight)
+    return merged
+
+
+def elected_mean(
+    vectors_M: Sequence[torch.Tensor], weights_M: Sequence[float], divide_by: Literal["count", "weights"] = "count"
+) -> torch.Tensor:
+    """Of each element the mean over those models that have the elected sign, which is that of sum_m w_m tau_m; a sum
+    of 0 elects the positive sign, and a tau of 0 agrees with none.
+
+    `count` divides the weighted sum by the number of models that agree, as the paper and peft do; `weights` by the sum
+    of their |w_m|, as mergekit does. They are one where all weights are 1. Elects by weighted values, as mergekit does
+    (peft weighs after the election; the paper has no weights). Sums up in float64, so that the order of the models does
+    not decide a sign.
+    Source: Yadav et al. 2023, TIES-Merging, section 4, steps 2 and 3 (arXiv:2306.01708).
+    """
+    merged = torch.empty_like(vectors_M[0], memory_format=torch.contiguous_format)
+    parts_M = [vector.reshape(-1).split(PART) for vector in vectors_M]
+    for out_C, *parts in zip(merged.view(-1).split(PART), *parts_M, strict=True):
+        out_C.copy_(_elected_mean(torch.stack(parts), weights_M, divide_by))
+    return merged
+
+
+def _elected_mean(values_MC: torch.Tensor, weights_M: Sequence[float], divide_by: str) -> torch.Tensor:
+    """`elected_mean` of parts. Writes into `values_MC`."""
+    plain = all(weight == 1 for weight in weights_M)
+    weights_M1 = torch.tensor(weights_M, dtype=values_MC.dtype)[:, None]
+    if not plain:
+        values_MC.mul_(weights_M1)
+    signs_MC = values_MC.sign()
+    if divide_by == "weights" and not plain:
+        signs_MC.mul_(weights_M1.abs())
+    sum_C = values_MC.sum(0, dtype=torch.float64)
+    elected_C = sum_C.sign().add_(0.5).sign_().to(values_MC.dtype)
+    # twice what agrees: all, and once more with the elected sign; what disagrees cancels out
+    agreeing_C = values_MC.abs_().sum(0).mul_(elected_C).add_(sum_C.to(values_MC.dtype))
+    shares_C = signs_MC.sum(0).mul_(elected_C).add_(signs_MC.abs_().sum(0))
+    return agreeing_C.div_(shares_C.clamp_(min=TINY))
+
+
+def ties(
+    base: torch.Tensor,
+    tensors_M: Sequence[torch.Tensor],
+    weights_M: Sequence[float],
+    density: float,
+    scaling: float = 1.0,
+    divide_by: Literal["count", "weights"] = "count",
+) -> torch.Tensor:
+    """theta_0 + scaling * `elected_mean` of the trimmed task vectors, part by part: no task vector is ever whole.
+
+    A task vector is trimmed to its largest magnitudes; of equal ones the first stay.
+    Source: Yadav et al. 2023, section 4 and algorithm 1 (arXiv:2306.01708). Deviation: trims within each tensor, as
+    mergekit and peft do; the paper's code trims over the whole model.
+    """
+    count = num_kept(density, base.numel())
+    keeps = [Keep(tensor, count, base) for tensor in tensors_M]
+    merged = torch.empty_like(base, memory_format=torch.contiguous_format)
+    parts_M = [tensor.reshape(-1).split(PART) for tensor in tensors_M]
+    for out_C, base_C, *parts in zip(merged.view(-1).split(PART), base.reshape(-1).split(PART), *parts_M, strict=True):
+        values_MC = torch.stack([keep(part - base_C) for keep, part in zip(keeps, parts, strict=True)])
+        torch.add(base_C, _elected_mean(values_MC, weights_M, divide_by), alpha=scaling, out=out_C)
+    return merged
+
+
+def combined(
+    base: torch.Tensor,
+    vectors_M: Sequence[torch.Tensor],
+    weights_M: Sequence[float],
+    scaling: float = 1.0,
+    combine: Combination = "linear",
+    divide_by: Literal["count", "weights"] = "count",
+) -> torch.Tensor:
+    """theta_0 + scaling * (the weighted sum of what is left of the task vectors, or their elected mean)."""
+    if combine == "linear":
+        return task_arithmetic(base, vectors_M, weights_M, scaling)
+    return torch.add(base, elected_mean(vectors_M, weights_M, divide_by), alpha=scaling)
+
+
+def drop(
+    vector: torch.Tensor, density: float, generator: torch.Generator, rescale: Rescaling = "density"
+) -> torch.Tensor:
+    """m * tau / density with m ~ Bernoulli(density): dropped at random, and rescaled so that its mean stays.
+
+    rescale: `density` is the paper's; `l1` keeps the sum of magnitudes instead, as mergekit's `rescale` does; or
+    `none`.
+    Source: Yu et al. 2024, Language Models are Super Mario, section 3.1, drop rate p = 1 - density (arXiv:2311.03099).
+    """
+    if density >= 1:
+        return vector.clone()
+    kept = vector * (torch.rand(vector.shape, generator=generator) < density)
+    if rescale == "density":
+        return kept.div_(density)
+    return _same_l1(kept, vector) if rescale == "l1" else kept
+
+
+def drop_by_rank(
+    vector: torch.Tensor,
+    density: float,
+    epsilon: float,
+    generator: torch.Generator,
+    rescale: Rescaling = "density",
+) -> torch.Tensor:
+    """m_i tau_i / (1 - p_i) with m_i ~ Bernoulli(1 - p_i), where p_i grows from p - epsilon / 2 for the largest
+    magnitude of a row to p + epsilon / 2 for its smallest, linearly in the rank; p = 1 - density.
+
+    A row is what leads to one unit (all but the first dimension); vectors and matrices of one column are one row.
+    Deviation: ranks are counted from 1/2, so that the mean of p_i is p.
+    Source: Deep et al. 2024, DELLA-Merging, section 3.1, MAGPRUNE (arXiv:2406.11617).
+    """
+    if density >= 1 or not vector.numel():
+        return vector.clone()
+    alone = vector.dim() < 2 or vector.numel() == len(vector)
+    rows_RN = vector.reshape(1, -1) if alone else vector.reshape(len(vector), -1)
+    count = rows_RN.shape[1]
+    keep_N = density + epsilon / 2 - epsilon * (torch.arange(count) + 0.5) / count  # by rank
+    scale_N = 1 / keep_N if rescale == "density" else torch.ones(count)
+    kept_RN, block = torch.empty_like(rows_RN), max(PART // count, 1)
+    for some_RN, out_RN in zip(rows_RN.split(block), kept_RN.split(block), strict=True):
+        factors_RN = (torch.rand(some_RN.shape, generator=generator) < keep_N) * scale_N
+        out_RN.scatter_(1, order_of_rows(some_RN), factors_RN).mul_(some_RN)
+    kept = kept_RN.reshape(vector.shape)
+    return _same_l1(kept, vector) if rescale == "l1" else kept
+
+
+def _same_l1(kept: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+    """`kept`, scaled to the sum of magnitudes of `vector`; as it is where nothing was kept."""
+    left = kept.abs().sum(dtype=torch.float64)
+    return kept * float(vector.abs().sum(dtype=torch.float64) / left) if left > 0 else kept
+
+
+def breadcrumbs(vector: torch.Tensor, density: float, outliers: float) -> torch.Tensor:
+    """The task vector without its largest magnitudes (the fraction `outliers`) and without the smallest: the fraction
+    `density` next to the outliers stays.
+
+    Source: Davari & Belilovsky 2023, Model Breadcrumbs, section 3, equation (2) (arXiv:2312.06795); their beta, the
+    fraction of the smallest that is masked, is 1 - density - outliers.
+    """
+    top = int(outliers * vector.numel())
+    small, large = Keep(vector, top + num_kept(density, vector.numel())), Keep(vector, top)
+    kept = torch.empty_like(vector, memory_format=torch.contiguous_format)
+    for part, out in zip(vector.reshape(-1).split(PART), kept.view(-1).split(PART), strict=True):
+        out.copy_(small(part) - large(part))
+    return kept
+
+
+def model_stock(base: torch.Tensor, vectors_M: Sequence[torch.Tensor]) -> tuple[torch.Tensor, float]:
+    """(theta_0 + t * mean_m tau_m, t) with t = M cos / (1 + (M - 1) cos), where cos is the mean cosine between two task
+    vectors of this tensor.
+
+    Source: Jang et al. 2024, Model Stock, equations (4) and (6) (arXiv:2403.19522). Deviation: a negative cosine, where
+    t is negative or has no bound, counts as 0, which gives the base.
+    """
+    count = len(vectors_M)
+    gram_MM = gram(vectors_M)
+    norms_M = gram_MM.diagonal().sqrt()
+    scale_MM = norms_M[:, None] * norms_M[None]
+    cosines_MM = torch.where(scale_MM > 0, gram_MM / scale_MM.clamp(min=1e-300), 0.0).clamp(-1, 1)
+    cosine = float(cosines_MM.sum() - cosines_MM.trace()) / (count * (count - 1))
+    ratio = count * max(cosine, 0.0) / (1 + (count - 1) * max(cosine, 0.0))
+    return task_arithmetic(base, vectors_M, [ratio / count] * count), ratio
+
+
+def gram(tensors_M: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Inner products of all pairs, in float64. Shape MM."""
+    found_MM = torch.zeros(len(tensors_M), len(tensors_M), dtype=torch.float64)
+    for parts in zip(*(tensor.reshape(-1).split(PART) for tensor in tensors_M), strict=True):
+        rows_MC = torch.stack(parts).double()
+        found_MM += rows_MC @ rows_MC.T
+    return found_MM
