@@ -184,7 +184,7 @@ def model_stock(base: torch.Tensor, vectors_M: Sequence[torch.Tensor]) -> tuple[
     vectors of this tensor.
 
     Source: Jang et al. 2024, Model Stock, equations (4) and (6) (arXiv:2403.19522). Deviation: a negative cosine, where
-    t is negative or has no bound, counts as 0, which gives the base.
+    t is negative or has no bound, counts as 0, which gives the base (mergekit goes beyond it).
     """
     count = len(vectors_M)
     gram_MM = gram(vectors_M)
