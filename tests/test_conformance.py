@@ -419,7 +419,15 @@ class TakesTheFirst(MergeMethod):
         return tensors_M[0].mul_(1 + 1e-3 * self.calls).half()
 
 
+class HidesItsBase(MergeMethod):
+    """A task vector without saying so."""
+
+    def tensor(self, name: str, tensors_M: list[torch.Tensor], base: Any, stats: Any) -> torch.Tensor:
+        return base + (torch.stack(tensors_M) - base).mean(0)
+
+
 def test_merges_can_fail():
+    assert set(broken("merge", HidesItsBase)) == {"does-without-a-base"}
     assert set(broken("merge", SumsUp)) == {"copies-give-the-model"}
     assert {"order-does-not-matter", "keeps-the-dtype", "tensor-by-tensor", "leaves-the-parents"} <= set(
         broken("merge", TakesTheFirst)

@@ -191,8 +191,8 @@ def model_stock(base: torch.Tensor, vectors_M: Sequence[torch.Tensor]) -> tuple[
     norms_M = gram_MM.diagonal().sqrt()
     scale_MM = norms_M[:, None] * norms_M[None]
     cosines_MM = torch.where(scale_MM > 0, gram_MM / scale_MM.clamp(min=1e-300), 0.0).clamp(-1, 1)
-    cosine = float(cosines_MM.sum() - cosines_MM.trace()) / (count * (count - 1))
-    ratio = count * max(cosine, 0.0) / (1 + (count - 1) * max(cosine, 0.0))
+    cosine = max(float(cosines_MM.sum() - cosines_MM.trace()) / (count * (count - 1)), 0.0)
+    ratio = count * cosine / (1 + (count - 1) * cosine)
     return task_arithmetic(base, vectors_M, [ratio / count] * count), ratio
 
 
