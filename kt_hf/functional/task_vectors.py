@@ -153,7 +153,7 @@ def drop_by_rank(
     kept_RN, block = torch.empty_like(rows_RN), max(PART // count, 1)
     for some_RN, out_RN in zip(rows_RN.split(block), kept_RN.split(block), strict=True):
         factors_RN = (torch.rand(some_RN.shape, generator=generator) < keep_N) * scale_N
-        out_RN.scatter_(1, order_of_rows(some_RN), factors_RN).mul_(some_RN)
+        out_RN.scatter_(1, order_of_rows(some_RN), factors_RN.to(out_RN.dtype)).mul_(some_RN)
     kept = kept_RN.reshape(vector.shape)
     return _same_l1(kept, vector) if rescale == "l1" else kept
 
