@@ -419,6 +419,17 @@ def test_tensors_that_are_not_contiguous(name):
     torch.testing.assert_close(found, merged(name, tensors_M, base))
 
 
+@pytest.mark.parametrize("name", ANY)
+def test_float64_stays_float64_and_gives_the_same(name):
+    cls = registry.load("merge", name)
+    base = normal(0, 6, 8)
+    tensors_M = [base + 0.1 * normal(i + 1, 6, 8) for i in range(cls.max_parents or 3)]
+    found = merged(name, [t.double() for t in tensors_M], base.double())
+    if name != "uniform_soup":  # as it is
+        assert found.dtype == torch.float64
+    torch.testing.assert_close(found.float(), merged(name, tensors_M, base), **CLOSE)
+
+
 # --- the threshold ---------------------------------------------------------------------------------------------------
 
 
@@ -443,6 +454,7 @@ def test_the_threshold_is_that_of_kthvalue(name):
         first = sizes.argsort(descending=True, stable=True)[:k]
         expected[first] = values[first]
         assert torch.equal(keep_largest(values, k), expected), k
+        assert torch.equal(keep_largest(values.double(), k), expected.double()), k
 
 
 def test_the_order_of_rows_is_that_of_a_stable_sort():

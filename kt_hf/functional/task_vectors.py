@@ -119,8 +119,7 @@ def drop(
 
     rescale: `density` is the paper's; `l1` keeps the sum of magnitudes instead, as mergekit's `rescale` does; or
     `none`.
-    Source: Yu et al. 2024, Language Models are Super Mario, drop and rescale, drop rate p = 1 - density
-    (arXiv:2311.03099).
+    Source: Yu et al. 2024, Language Models are Super Mario, with the drop rate p = 1 - density (arXiv:2311.03099).
     """
     if density >= 1:
         return vector.clone()
@@ -154,7 +153,7 @@ def drop_by_rank(
     kept_RN, block = torch.empty_like(rows_RN), max(PART // count, 1)
     for some_RN, out_RN in zip(rows_RN.split(block), kept_RN.split(block), strict=True):
         factors_RN = (torch.rand(some_RN.shape, generator=generator) < keep_N) * scale_N
-        out_RN.scatter_(1, order_of_rows(some_RN), factors_RN).mul_(some_RN)
+        out_RN.scatter_(1, order_of_rows(some_RN), factors_RN.to(out_RN.dtype)).mul_(some_RN)
     kept = kept_RN.reshape(vector.shape)
     return _same_l1(kept, vector) if rescale == "l1" else kept
 
