@@ -420,8 +420,11 @@ def test_every_strategy(folder: Path, tmp_path: Path) -> None:
     report = task_grid.run_grid(tmp_path / "out", data, model, {TASK: {**SETTINGS, "metrics": ["loss"]}})
     assert report["uniform"]["metrics"]["loss"]["value"] == report["again"]["metrics"]["loss"]["value"]
     assert report["together"]["metrics"]["loss"]["high"] is not None
+    together = str(tmp_path / "out" / "together" / "model")
+    found = inference.evaluate(together, str(folder))["metrics"]["loss"]["value"]
+    assert found == pytest.approx(report["together"]["metrics"]["loss"]["value"], rel=1e-5)
     with pytest.raises(RecipeError, match="does not write"):
-        inference.evaluate(str(tmp_path / "out" / "together" / "model"), str(folder))
+        inference.evaluate(together, str(folder), [f"task.{TASK}.metrics=[wer]"])
 
 
 @pytest.mark.slow

@@ -429,8 +429,16 @@ class SpreadsTheMeans(MergeMethod):
         return torch.stack(tensors_M).mean(0) + (means_M.max() - means_M.min())
 
 
+class HidesItsBase(MergeMethod):
+    """A task vector without saying so."""
+
+    def tensor(self, name: str, tensors_M: list[torch.Tensor], base: Any, stats: Any) -> torch.Tensor:
+        return base + (torch.stack(tensors_M) - base).mean(0)
+
+
 def test_merges_can_fail():
     assert set(broken("merge", SpreadsTheMeans)) == {"pieces-give-the-whole"}
+    assert set(broken("merge", HidesItsBase)) == {"does-without-a-base"}
     assert set(broken("merge", SumsUp)) == {"copies-give-the-model"}
     assert {"order-does-not-matter", "keeps-the-dtype", "tensor-by-tensor", "leaves-the-parents"} <= set(
         broken("merge", TakesTheFirst)

@@ -5,7 +5,10 @@ Shapes: M models, N elements.
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
+import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -296,6 +299,66 @@ def test_the_karcher_mean_has_the_least_squared_angles():
     torch.testing.assert_close(chordal.flatten() / chordal.norm(), total / total.norm(), atol=1e-6, rtol=1e-5)
 
 
+# --- mergekit, where it is installed ---------------------------------------------------------------------------------
+
+MERGEKIT: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], int]] = [
+    ("ties", {"density": 0.4}, {"normalize": True}, {"density": 0.4, "divide_by": "weights"}, 3),
+    ("task_arithmetic", {}, {}, {}, 3),
+    ("breadcrumbs", {"density": 0.4, "gamma": 0.05}, {}, {"density": 0.4, "outliers": 0.05}, 3),
+    ("slerp", {}, {"t": 0.3}, {"t": 0.3, "linear_above": 0.9995}, 2),
+    ("karcher", {}, {}, {}, 3),
+    ("model_stock", {}, {}, {}, 3),
+]
+"""(name, its settings of a parent, its settings of the whole, ours, number of parents)."""
+
+
+@pytest.fixture(scope="module")
+def llamas(tmp_path_factory) -> dict[str, Path]:
+    """A tiny Llama and three that are near it in about the same direction, as mergekit wants them."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    root, sizes = tmp_path_factory.mktemp("llamas"), {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4))
+    base = {name: t.clone() for name, t in model.state_dict().items()}
+    folders = {name: root / name for name in ("base", "0", "1", "2")}
+    for i, folder in enumerate(folders.values()):
+        shift = {n: 0.03 * normal(9, *t.shape) + 0.02 * normal(i, *t.shape) for n, t in base.items()} if i else {}
+        model.load_state_dict({name: t + shift.get(name, 0) for name, t in base.items()})
+        model.save_pretrained(folder)
+    return folders
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("mergekit-yaml") is None, reason="mergekit is not installed")
+@pytest.mark.parametrize(("name", "of_parent", "of_all", "given", "count"), MERGEKIT, ids=[m[0] for m in MERGEKIT])
+def test_results_are_those_of_mergekit(tmp_path, llamas, name, of_parent, of_all, given, count):
+    based = registry.load("merge", name).needs_base
+    weights = [1.0, 2.0, 0.5] if name in ("ties", "task_arithmetic") else [1.0] * count
+    parents = [llamas[str(i)] for i in range(count)]
+    own = {"model_stock": (), "slerp": (), "karcher": ()}.get(name, ("weight",))
+    described = {
+        "merge_method": name,
+        "dtype": "float32",
+        "models": [
+            {"model": str(p), "parameters": {**of_parent, **({"weight": w} if own else {})}}
+            for p, w in zip(parents, weights, strict=True)
+        ],
+        "parameters": of_all,
+        **({"base_model": str(llamas["base"])} if based else {}),
+        **({"base_model": str(parents[0])} if name == "slerp" else {}),
+    }
+    (tmp_path / "merge.yml").write_text(json.dumps(described))
+    command = ["mergekit-yaml", str(tmp_path / "merge.yml"), str(tmp_path / "out")]
+    subprocess.run(command, check=True, capture_output=True)
+    start, *states = (load_file(str(f / "model.safetensors")) for f in (llamas["base"], *parents))
+    theirs = {n: t for f in (tmp_path / "out").glob("*.safetensors") for n, t in load_file(str(f)).items()}
+    assert theirs.keys() == start.keys()
+    ours = {**given, **({"weights": weights} if own and name != "breadcrumbs" else {})}
+    for key, expected in theirs.items():
+        found = merged(name, [s[key] for s in states], start[key], **ours)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
 # --- identities ------------------------------------------------------------------------------------------------------
 
 
@@ -356,6 +419,17 @@ def test_tensors_that_are_not_contiguous(name):
     torch.testing.assert_close(found, merged(name, tensors_M, base))
 
 
+@pytest.mark.parametrize("name", ANY)
+def test_float64_stays_float64_and_gives_the_same(name):
+    cls = registry.load("merge", name)
+    base = normal(0, 6, 8)
+    tensors_M = [base + 0.1 * normal(i + 1, 6, 8) for i in range(cls.max_parents or 3)]
+    found = merged(name, [t.double() for t in tensors_M], base.double())
+    if name != "uniform_soup":  # as it is
+        assert found.dtype == torch.float64
+    torch.testing.assert_close(found.float(), merged(name, tensors_M, base), **CLOSE)
+
+
 # --- the threshold ---------------------------------------------------------------------------------------------------
 
 
@@ -380,6 +454,7 @@ def test_the_threshold_is_that_of_kthvalue(name):
         first = sizes.argsort(descending=True, stable=True)[:k]
         expected[first] = values[first]
         assert torch.equal(keep_largest(values, k), expected), k
+        assert torch.equal(keep_largest(values.double(), k), expected.double()), k
 
 
 def test_the_order_of_rows_is_that_of_a_stable_sort():

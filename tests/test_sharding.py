@@ -64,6 +64,7 @@ def two(teacher, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BOTH)
 def test_sharded_equals_one_process(name, two, teacher, tmp_path):
     compare(name, two, teacher, tmp_path)
@@ -88,6 +89,7 @@ def logits(folder: Path) -> torch.Tensor:
         return model(torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["finetune", "lora+distill+ema"])
 def test_the_saved_model_is_whole(name, two, teacher, tmp_path):
     shard_cases.run("run", name, tmp_path, teacher, factor=2)
@@ -95,6 +97,7 @@ def test_the_saved_model_is_whole(name, two, teacher, tmp_path):
     assert (ours - theirs).abs().max() < 1e-5 and ours.std() > 1e-2
 
 
+@pytest.mark.slow
 def test_an_adapter_is_whole(two, teacher, tmp_path):
     shard_cases.run("run", "adapter", tmp_path, teacher, factor=2)
     ours, theirs = (load_file(f / "model" / "adapter_model.safetensors") for f in (tmp_path, two / "adapter"))
@@ -109,6 +112,7 @@ def saved(folder: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_every_process_writes_its_part(two):
     path = saved(two / "saving")
     manifest = checkpoint.verify(path)
@@ -148,6 +152,7 @@ def tensors_of(path: Path) -> dict[str, torch.Tensor]:
     return {n: torch.full(t.shape, 7.0, dtype=t.dtype) for n, t in sharding.saved(path).items()}
 
 
+@pytest.mark.slow
 def test_a_part_that_is_missing_or_damaged_is_found(two, tmp_path):
     for what in ("missing", "damaged"):
         folder = tmp_path / what
@@ -165,6 +170,7 @@ def test_a_part_that_is_missing_or_damaged_is_found(two, tmp_path):
         assert checkpoint.newest(folder) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", [1, 2])
 def test_nothing_is_half_loaded(index, two, tmp_path):
     """Also where the manifest does not know of the missing part."""
@@ -177,6 +183,7 @@ def test_nothing_is_half_loaded(index, two, tmp_path):
     assert all((t == 7).all() for t in whole.values())
 
 
+@pytest.mark.slow
 def test_slices_come_together(two):
     path = saved(two / "saving")
     whole = tensors_of(path)
@@ -186,6 +193,7 @@ def test_slices_come_together(two):
         assert torch.equal(tensor, torch.cat([p[name] for p in parts if name in p]) if tensor.dim() else parts[0][name])
 
 
+@pytest.mark.slow
 def test_a_process_that_cannot_write_stops_all(two):
     first, second = (json.loads((two / f"full.{rank}.json").read_text())["error"] for rank in (0, 1))
     assert "another process could not write" in first and "the disk is full" in second

@@ -24,12 +24,16 @@ class Threshold(NamedTuple):
 
 
 def magnitude_threshold(values: torch.Tensor, k: int, origin: torch.Tensor | None = None) -> Threshold:
-    """The k-th largest of |values|, or of |values - origin|, exactly, for 1 <= k <= N and values in float32.
+    """The k-th largest of |values|, or of |values - origin|, exactly, for 1 <= k <= N.
 
     Counts the upper 16 bits of all, then the lower 16 of those in the bin where the k-th is. What is between `values`
-    and `origin` is made part by part, so that it need not be held.
+    and `origin` is made part by part, so that it need not be held. Values in float64 go the slow way, by `kthvalue`.
     """
-    assert 1 <= k <= values.numel() and values.dtype == torch.float32
+    assert 1 <= k <= values.numel()
+    if values.dtype != torch.float32:
+        sizes = (values if origin is None else values - origin).abs().reshape(-1)
+        size = sizes.kthvalue(len(sizes) - k + 1).values
+        return Threshold(size.item(), int((sizes > size).sum()), int((sizes == size).sum()))
     parts = values.reshape(-1).split(PART)
     origins = [None] * len(parts) if origin is None else origin.reshape(-1).split(PART)
 
@@ -69,7 +73,8 @@ class Keep:
             self.magnitude, self.below = 0.0, 0.0
         else:
             self.magnitude, above, equal = magnitude_threshold(values, k, origin)
-            self.below = float(np.nextafter(np.float32(self.magnitude), np.float32(0)))
+            as_values = np.float32 if values.dtype == torch.float32 else np.float64
+            self.below = float(np.nextafter(as_values(self.magnitude), as_values(0)))
             if above + equal > k and self.magnitude > 0:
                 self.num_equal = k - above
 
@@ -99,11 +104,12 @@ def num_kept(density: float, numel: int) -> int:
 
 
 def order_of_rows(values_RN: torch.Tensor) -> torch.Tensor:
-    """Within each row the places of the magnitudes, from the largest on; of equal ones the first comes first. int64.
+    """Within each row the places of the magnitudes (in float32), from the largest on; of equal ones the first comes
+    first. int64.
 
     Sorts by the lower, then by the upper 16 bits, for a stable sort of 16-bit numbers takes linear time.
     """
-    bits_RN = 0x7FFFFFFF - (values_RN.contiguous().view(torch.int32) & 0x7FFFFFFF)  # largest first
+    bits_RN = 0x7FFFFFFF - (values_RN.float().contiguous().view(torch.int32) & 0x7FFFFFFF)  # largest first
     lower_RN, upper_RN = (bits_RN & 0xFFFF).numpy().astype(np.uint16), (bits_RN >> 16).to(torch.int16)
     order_RN = torch.from_numpy(np.argsort(lower_RN, axis=-1, kind="stable"))
     then_RN = np.argsort(upper_RN.gather(1, order_RN).numpy(), axis=-1, kind="stable")

@@ -29,7 +29,7 @@ def slerp(
     norms: the formula is for unit vectors. `mixed` puts the tensors themselves into it, as mergekit does;
     `interpolated` puts their directions into it and gives the result the norm (1 - t) |a| + t |b|.
     linear_above: straight interpolation where cos w exceeds this (mergekit: 0.9995); also where there is no direction.
-    Source: Shoemake 1985, Animating Rotation with Quaternion Curves, section 3.3.
+    Source: Shoemake 1985, Animating Rotation with Quaternion Curves.
     """
     norms_2, cosines_22 = _angles([first, second])
     cosine = float(cosines_22[0, 1])
@@ -55,7 +55,7 @@ def spherical_mean(
     chordal mean. `chordal`: sum_m w_m u_m, set to norm 1. The plain weighted mean where directions cancel or there is
     none. Of two models with equal weights both are `slerp` at 1/2 with interpolated norms.
     Source: Karcher 1977, Riemannian center of mass and mollifier smoothing; on spheres Buss & Fillmore 2001, Spherical
-    averages, algorithm A1.
+    averages.
     """
     shares_M = torch.tensor(weights_M, dtype=torch.float64) / sum(weights_M)
     norms_M, cosines_MM = _angles(tensors_M)

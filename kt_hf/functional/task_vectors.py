@@ -48,7 +48,7 @@ def elected_mean(
     of their |w_m|, as mergekit does. They are one where all weights are 1. Elects by weighted values, as mergekit does
     (peft weighs after the election; the paper has no weights). Sums up in float64, so that the order of the models does
     not decide a sign.
-    Source: Yadav et al. 2023, TIES-Merging, section 4, steps 2 and 3 (arXiv:2306.01708).
+    Source: Yadav et al. 2023, TIES-Merging, steps 2 and 3 (elect, disjoint merge) (arXiv:2306.01708).
     """
     merged = torch.empty_like(vectors_M[0], memory_format=torch.contiguous_format)
     parts_M = [vector.reshape(-1).split(PART) for vector in vectors_M]
@@ -85,7 +85,7 @@ def ties(
     """theta_0 + scaling * `elected_mean` of the trimmed task vectors, part by part: no task vector is ever whole.
 
     A task vector is trimmed to its largest magnitudes; of equal ones the first stay.
-    Source: Yadav et al. 2023, section 4 and algorithm 1 (arXiv:2306.01708). Deviation: trims within each tensor, as
+    Source: Yadav et al. 2023, TIES-Merging, steps 1 to 3 (arXiv:2306.01708). Deviation: trims within each tensor, as
     mergekit and peft do; the paper's code trims over the whole model.
     """
     count = num_kept(density, base.numel())
@@ -119,7 +119,7 @@ def drop(
 
     rescale: `density` is the paper's; `l1` keeps the sum of magnitudes instead, as mergekit's `rescale` does; or
     `none`.
-    Source: Yu et al. 2024, Language Models are Super Mario, section 3.1, drop rate p = 1 - density (arXiv:2311.03099).
+    Source: Yu et al. 2024, Language Models are Super Mario, with the drop rate p = 1 - density (arXiv:2311.03099).
     """
     if density >= 1:
         return vector.clone()
@@ -141,7 +141,7 @@ def drop_by_rank(
 
     A row is what leads to one unit (all but the first dimension); vectors and matrices of one column are one row.
     Deviation: ranks are counted from 1/2, so that the mean of p_i is p.
-    Source: Deep et al. 2024, DELLA-Merging, section 3.1, MAGPRUNE (arXiv:2406.11617).
+    Source: Deep et al. 2024, DELLA-Merging, MAGPRUNE (arXiv:2406.11617).
     """
     if density >= 1 or not vector.numel():
         return vector.clone()
@@ -153,7 +153,7 @@ def drop_by_rank(
     kept_RN, block = torch.empty_like(rows_RN), max(PART // count, 1)
     for some_RN, out_RN in zip(rows_RN.split(block), kept_RN.split(block), strict=True):
         factors_RN = (torch.rand(some_RN.shape, generator=generator) < keep_N) * scale_N
-        out_RN.scatter_(1, order_of_rows(some_RN), factors_RN).mul_(some_RN)
+        out_RN.scatter_(1, order_of_rows(some_RN), factors_RN.to(out_RN.dtype)).mul_(some_RN)
     kept = kept_RN.reshape(vector.shape)
     return _same_l1(kept, vector) if rescale == "l1" else kept
 
@@ -168,7 +168,7 @@ def breadcrumbs(vector: torch.Tensor, density: float, outliers: float) -> torch.
     """The task vector without its largest magnitudes (the fraction `outliers`) and without the smallest: the fraction
     `density` next to the outliers stays.
 
-    Source: Davari & Belilovsky 2023, Model Breadcrumbs, section 3, equation (2) (arXiv:2312.06795); their beta, the
+    Source: Davari & Belilovsky 2023, Model Breadcrumbs, the mask of a layer (arXiv:2312.06795); their beta, the
     fraction of the smallest that is masked, is 1 - density - outliers.
     """
     top = int(outliers * vector.numel())
@@ -183,16 +183,16 @@ def model_stock(base: torch.Tensor, vectors_M: Sequence[torch.Tensor]) -> tuple[
     """(theta_0 + t * mean_m tau_m, t) with t = M cos / (1 + (M - 1) cos), where cos is the mean cosine between two task
     vectors of this tensor.
 
-    Source: Jang et al. 2024, Model Stock, equations (4) and (6) (arXiv:2403.19522). Deviation: a negative cosine, where
-    t is negative or has no bound, counts as 0, which gives the base.
+    Source: Jang et al. 2024, Model Stock, the ratio for N models (arXiv:2403.19522). Deviation: a negative cosine,
+    where t is negative or has no bound, counts as 0, which gives the base (mergekit goes beyond it).
     """
     count = len(vectors_M)
     gram_MM = gram(vectors_M)
     norms_M = gram_MM.diagonal().sqrt()
     scale_MM = norms_M[:, None] * norms_M[None]
     cosines_MM = torch.where(scale_MM > 0, gram_MM / scale_MM.clamp(min=1e-300), 0.0).clamp(-1, 1)
-    cosine = float(cosines_MM.sum() - cosines_MM.trace()) / (count * (count - 1))
-    ratio = count * max(cosine, 0.0) / (1 + (count - 1) * max(cosine, 0.0))
+    cosine = max(float(cosines_MM.sum() - cosines_MM.trace()) / (count * (count - 1)), 0.0)
+    ratio = count * cosine / (1 + (count - 1) * cosine)
     return task_arithmetic(base, vectors_M, [ratio / count] * count), ratio
 
 
