@@ -191,8 +191,8 @@ def specs_of(tensors: dict[str, torch.Tensor]) -> list[Spec]:
 
 
 def _pack(specs: Sequence[Spec], limit: int | None) -> list[list[Spec]]:
-    """In order; a tensor that is larger than a file may be gets one of its own. Within a file the widest come first:
-    readers refuse a tensor that does not start at a multiple of its item size."""
+    """In order; a tensor that is larger than a file may be gets one of its own. Within a file the widest come first,
+    so that each starts at a multiple of its item size: readers that map the file may refuse others."""
     shards: list[list[Spec]] = [[]]
     size = 0
     for spec in specs:

@@ -117,6 +117,24 @@ def test_every_merge_gives_the_same_bits_on_several_threads(tmp_path, name):
     assert not torch.equal(one["embed.weight"], state(0)["embed.weight"])
 
 
+def test_torch_uses_one_thread_within_each_of_ours(tmp_path):
+    """Else sums, and so bits, would depend on how many it takes."""
+    seen, before = [], torch.get_num_threads()
+
+    class Looks(MergeMethod):
+        def tensor(self, name, tensors_M, base, stats):
+            seen.append(torch.get_num_threads())
+            return tensors_M[0]
+
+    torch.set_num_threads(2)
+    try:
+        first = folder(tmp_path / "a", state(0))
+        merged(Looks(), [first, first], tmp_path / "out", threads=2)
+        assert set(seen) == {1} and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_shards_first_then_one_file_and_back(tmp_path):
     """The result is laid out as the first parent, if nothing else is said."""
     one, three = folder(tmp_path / "one", state(0)), folder(tmp_path / "three", state(1), shards=3)
@@ -265,18 +283,21 @@ def test_a_method_that_writes_into_its_inputs_harms_nobody(tmp_path):
         assert torch.equal(found["layer.bias"], state(0)["layer.bias"] + 1) and same(load(first), state(0))
 
 
-def test_readers_find_every_tensor_at_a_multiple_of_its_size(tmp_path):
-    """Odd numbers of bytes before wide ones would make a file that torch cannot map."""
+def test_every_tensor_lies_at_a_multiple_of_its_item_size(tmp_path):
+    """As the format's own writer has it: readers that map a file may refuse others."""
     odd = {
         "a": torch.ones(3, dtype=torch.bfloat16),
         "b": torch.tensor([True]),
         "c": torch.arange(3),
         "d": torch.ones(5),
     }
-    first = folder(tmp_path / "a", odd)
-    merged(WeightedMean([1, 1]), [first, first], tmp_path / "out")
+    first = folder(tmp_path / "a", odd, shards=2)
+    merged(WeightedMean([1, 1]), [first, first], tmp_path / "out", shard_bytes=10**6)
     with safe_open(str(tmp_path / "out" / "model.safetensors"), framework="pt") as file:
         assert all(torch.equal(file.get_tensor(n), odd[n]) for n in odd) and file.metadata() == {"format": "pt"}
+    with open(tmp_path / "out" / "model.safetensors", "rb") as raw:
+        head = json.loads(raw.read(int.from_bytes(raw.read(8), "little")))
+    assert not any(head[n]["data_offsets"][0] % odd[n].element_size() for n in odd)
 
 
 # --- tied weights ----------------------------------------------------------------------------------------------------
@@ -325,6 +346,9 @@ def test_a_tied_copy_that_is_in_the_file_stays_a_copy(tmp_path):
 def test_a_copy_is_missed_where_weights_are_not_tied(tmp_path):
     llama(tmp_path / "a", 0, tied=False)
     llama(tmp_path / "b", 1, tied=True)
+    file = tmp_path / "a" / "model.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, file, {"format": "pt"})
     with pytest.raises(RecipeError, match=r"lm_head\.weight is not in 'b'"):
         merged(WeightedMean([1, 1]), [tmp_path / "a", tmp_path / "b"], tmp_path / "out")
 
