@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from kt_hf.functional.task_vectors import gram
+from .task_vectors import gram
 
 PARALLEL = 1e-7
 """Radians from 0 or pi below which an angle says nothing: the mean is then the straight one."""

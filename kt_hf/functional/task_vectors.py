@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from kt_hf.functional.magnitude import PART, Keep, num_kept, order_of_rows
+from .magnitude import PART, Keep, num_kept, order_of_rows
 
 Combination = Literal["linear", "ties"]
 Rescaling = Literal["density", "l1", "none"]
