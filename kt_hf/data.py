@@ -370,9 +370,7 @@ def _empty(rows: datasets.Dataset, roles: dict[str, str]) -> np.ndarray:
         column = arrow(rows, role)
         if isinstance(rows.features[role], _FILES):
             bad_N |= _no_image(column)
-        elif role == "table":
-            bad_N |= _mask(pc.is_null(column))
-        elif kinds(rows.features[role])[:1] == ("images",):
+        elif role != "label" and {kind.rstrip("?") for kind in kinds(rows.features[role])} & {"images", "numbers"}:
             bad_N |= _mask(pc.equal(pc.fill_null(pc.list_value_length(column), 0), 0))
         elif role in _TEXT_ROLES:
             if _is_text(column):

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from kt_hf import randomness, signals
-from kt_hf.loader import Rows, evaluation_batches, load_batches, numbers
+from kt_hf.loader import Rows, evaluation_batches, load_batches
 from kt_hf.task import FILL, Loaded, Scores, Task
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def predict(
 
 def _ordered(rows: Any) -> Any:
     """Rows in the order of `index`, as predictions are."""
-    index = numbers(rows)
+    index = np.asarray(rows["index"][:])
     return rows if (np.diff(index) > 0).all() else rows.select(np.argsort(index, kind="stable"))
 
 

@@ -177,7 +177,7 @@ class Rows(Dataset):
         self.task, self.loaded, self.augment, self.seed, self.train = task, loaded, augment, seed, train
         self.source, self.split = info.splits[split], split
         self.random = train and (augment is not None or getattr(task, "random_rows", False))
-        self.index = numbers(self.source)
+        self.index = np.asarray(self.source["index"][:])  # cut out first: a column is walked row by row
         self.ready: Any = None
         if not self.random:
             self.ready = _deterministic(self.source, info, split, task, loaded, train)
@@ -215,13 +215,6 @@ class Rows(Dataset):
 
     def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
         return self.__getitems__([item])[0]
-
-
-def numbers(rows: datasets.Dataset) -> np.ndarray:
-    """`index` of all rows. By way of Arrow, since walking a column in Python takes a second for 30,000 rows."""
-    if not hasattr(rows, "select_columns"):  # a table of another library
-        return np.asarray(rows["index"])
-    return rows.select_columns(["index"]).with_format("arrow")[:]["index"].to_numpy()
 
 
 def make_rows(rows: Rows, raw: dict[str, list[Any]], epochs: Sequence[int]) -> list[dict[str, Any]]:

@@ -338,13 +338,14 @@ def _plan_training(context: Context, stage: Train) -> None:
         streaming.check(trial.data[1], trial.training, stack, task, where)
         if trial.training.learning_rate == "auto":
             range_test.num_steps(_steps(around, trial))
-        rows = around.info(trial).num_training_rows
-        size = trainer.global_batch(trial.training, context.accelerator.num_processes)
-        if trial.training.cache_frozen is True and rows and _steps(around, trial) < 2 * -(-rows // size):
-            raise RecipeError(
-                f"{where}: training.cache_frozen: the training has fewer than two epochs",
-                "train for at least two epochs, or set cache_frozen=auto",
-            )
+        rows, plain = around.info(trial).num_training_rows, all(s.batches is None for s in stack.values())
+        if trial.training.cache_frozen is True and rows is not None and plain:
+            per_epoch = trainer.steps_of_epoch(trial.training, rows, context.accelerator.num_processes)
+            if _steps(around, trial) < 2 * per_epoch:
+                raise RecipeError(
+                    f"{where}: training.cache_frozen: the training has fewer than two epochs",
+                    "train for at least two epochs, or set cache_frozen=auto",
+                )
         key = json.dumps(trial.strategies, sort_keys=True, default=str)
         if key not in sketched:  # setup depends on strategies alone
             sketched.add(key)
@@ -471,7 +472,7 @@ def _examples(context: Context, stage: Train, steps: int) -> str:
     size = trainer.global_batch(stage.training, context.accelerator.num_processes)
     if rows is None:
         return f" (at most {steps * size:,} examples)"
-    per_epoch = rows // size if stage.training.dataloader_drop_last else -(-rows // size)
+    per_epoch = trainer.steps_of_epoch(stage.training, rows, context.accelerator.num_processes)
     epochs, rest = divmod(steps, per_epoch)
     seen = epochs * min(rows, per_epoch * size) + rest * size
     return f" ({seen:,} examples, {seen / rows:.3g} epochs)"

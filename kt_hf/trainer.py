@@ -700,11 +700,17 @@ def planned_steps(training: Training, num_rows: int | None, world: int) -> int:
     """Optimizer steps of a training: max_steps, or enough for the epochs. num_rows: None for a stream."""
     if num_rows is None:
         return training.max_steps
-    plan = Plan(num_rows, global_batch(training, world), 0, training.dataloader_drop_last)
-    plan.check()
+    per_epoch = steps_of_epoch(training, num_rows, world)
     if training.max_steps > 0:
         return training.max_steps
-    return max(1, math.ceil(training.num_train_epochs * plan.steps_per_epoch))
+    return max(1, math.ceil(training.num_train_epochs * per_epoch))
+
+
+def steps_of_epoch(training: Training, num_rows: int, world: int) -> int:
+    """Optimizer steps of an epoch, where no strategy makes the batches. Raises `RecipeError` where it has none."""
+    plan = Plan(num_rows, global_batch(training, world), 0, training.dataloader_drop_last)
+    plan.check()
+    return plan.steps_per_epoch
 
 
 def check_stack(strategies: dict[str, Strategy], training: Training, task: Any, where: str) -> None:

@@ -99,3 +99,6 @@ def test_outputs_are_not_kept_for_a_single_epoch(tmp_path):
     probe = Train("second", [{"finetune": {"linear_probe": True}}], training={"cache_frozen": True})
     said = refused(tmp_path, TINY, texts(tmp_path / "data"), [Train("first"), probe])
     assert "fewer than two epochs" in said
+    probe = Train("second", [{"finetune": {"linear_probe": True}}], training={"cache_frozen": True})
+    training = {"max_steps": 2, "dataloader_drop_last": True, "report_to": "none"}  # of 8 of the 12 rows: two epochs
+    run(Recipe([probe], data=Data(texts(tmp_path / "more")), model=TINY, training=training), tmp_path / "ran")
