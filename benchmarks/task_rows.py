@@ -136,7 +136,7 @@ def crossner(folder: Path, work: Path) -> Recipe:
 @row
 def xquad(folder: Path, work: Path) -> Recipe:
     """English questions, 705 of them; pretrained MiniLM-L6, which never saw such a task"""
-    task = {"question-answering": {"max_length": 192, "doc_stride": 64, "max_windows": 2}}
+    task = {"question-answering": {"max_length": 128, "doc_stride": 48, "max_windows": 1}}
     return texts(folder, "xquad", task, 30, where={"lang": "en"}, max_examples={"test": 150, "validation": 50})
 
 

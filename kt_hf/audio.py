@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from kt_hf.errors import RecipeError, RowError
+from kt_hf.errors import LEAVE_OUT, RecipeError, RowError
 
 if TYPE_CHECKING:
     from kt_hf.recipe import Model
 
-REMEDY = "mend the file, or leave out all that cannot be read: data.drop=[unreadable]"
+REMEDY = f"mend the file, {LEAVE_OUT}"
 
 
 def decode(value: dict[str, Any] | None, rate: int | None, place: int) -> np.ndarray:

@@ -14,11 +14,15 @@ from torch import nn
 
 from kt_hf import labels, loading
 from kt_hf.problems import PROBLEMS, SingleLabel, check_metrics
-from kt_hf.task import Batch, Loaded, Scores
+from kt_hf.task import Batch, Loaded, Role, Scores
 
 if TYPE_CHECKING:
     from kt_hf.data import DataInfo
     from kt_hf.inference import Predictor
+
+
+LABEL = Role("label", ("class", "classes", "number"), aliases=("labels", "target", "category"))
+"""Of tasks that answer a row as a whole."""
 
 
 def columns(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, torch.Tensor]:

@@ -37,6 +37,9 @@ class DataError(KtError):
     exit_code = 3
 
 
+LEAVE_OUT = "or leave out all that cannot be used: data.drop=[unreadable]"
+
+
 class RowError(DataError):
     """What is wrong with one of the rows that `Task.preprocess` was given; its place among them, from 0. The loader
     says which row of the data that is."""

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kt_hf.errors import DataError
+from kt_hf.errors import LEAVE_OUT, DataError
 
 if TYPE_CHECKING:
     import datasets
     from PIL.Image import Image
 
-REMEDY = "mend or remove it, or leave out all that cannot be read: data.drop=[unreadable]"
+REMEDY = f"mend or remove it, {LEAVE_OUT}"
 
 
 def rgb(image: Image) -> Image:

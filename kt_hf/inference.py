@@ -22,12 +22,12 @@ from kt_hf import ensembling, evaluation, launch, loading, registry, stages
 from kt_hf import recipe as grammar
 from kt_hf.bundle import Bundle
 from kt_hf.data import DataInfo, prepare, read
-from kt_hf.errors import Collector, DataError, IntegrityError, RecipeError, nearest
+from kt_hf.errors import Collector, DataError, RecipeError, nearest
 from kt_hf.functional import statistics
 from kt_hf.reading import in_memory
 from kt_hf.recipe import Data, Model
 from kt_hf.roles import find_roles, fitting_tasks, kinds
-from kt_hf.task import FACTS, Loaded, Role, Task
+from kt_hf.task import Loaded, Role, Task
 
 Table = dict[str, list[Any]]
 """Columns by name, N rows each."""
@@ -111,17 +111,9 @@ def infer_task(model: str) -> str | None:
 
 
 def recorded(model: str) -> dict[str, Any]:
-    """What a stage wrote beside the model that it made: `task`, `settings` of it, `labels` of an adapter."""
+    """What a stage wrote beside the model that it made; of an ensemble, beside its first member."""
     folder = Path(model)
-    if ensembling.is_ensemble(folder):
-        folder = ensembling.members(folder)[0][0]
-    if not (folder / FACTS).is_file():
-        return {}
-    try:
-        found = json.loads((folder / FACTS).read_text())
-    except ValueError as error:
-        raise IntegrityError(f"{folder / FACTS} cannot be read: {error}", "remove it, or fetch it again") from error
-    return found if isinstance(found, dict) else {}
+    return loading.recorded(ensembling.members(folder)[0][0] if ensembling.is_ensemble(folder) else model)
 
 
 def trained_with(model: str, task: str) -> dict[str, Any]:

@@ -36,6 +36,12 @@ def judge_labels(logits_BLC: torch.Tensor, labels_BL: torch.Tensor) -> dict[str,
     return per_example(nll_N, hit_N, rows_N, len(labels_BL))
 
 
+def judge_scores(scores_NC: torch.Tensor, labels_BL: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The same from scores at the places that have a label, row by row."""
+    real_BL = labels_BL != IGNORED
+    return per_example(*judge(scores_NC, labels_BL[real_BL]), real_BL.nonzero()[:, 0], len(labels_BL))
+
+
 def per_example(nll_N: torch.Tensor, hit_N: torch.Tensor, rows_N: torch.Tensor, size: int) -> dict[str, torch.Tensor]:
     """Sums over the tokens of each example; on the CPU, where every device's numbers can be added in float64."""
     rows = rows_N.cpu()

@@ -276,6 +276,27 @@ def local(ref: Model) -> Model:
     return Model(**{**ref.given, "path": folder, "revision": Path(folder).name})
 
 
+def recorded(path: str | Path) -> dict[str, Any]:
+    """What stands beside a model that was made here, in a folder or on the Hub: `task`, `settings` of it, `labels` of
+    an adapter. Empty for all others."""
+    file: Any = Path(path) / FACTS
+    if not Path(path).exists():
+        from transformers.utils import cached_file
+
+        quiet = dict.fromkeys(("gated_repo", "missing_entries", "connection_errors"), False)
+        try:
+            file = cached_file(str(path), FACTS, **{f"_raise_exceptions_for_{what}": no for what, no in quiet.items()})
+        except (OSError, ValueError):  # no such repository, no name of one: who loads the model says so
+            return {}
+    if file is None or not Path(file).is_file():
+        return {}
+    try:
+        found = json.loads(Path(file).read_text())
+    except ValueError as error:
+        raise IntegrityError(f"{file} cannot be read: {error}", "remove it, or fetch it again") from error
+    return found if isinstance(found, dict) else {}
+
+
 ADAPTER = "adapter_config.json"
 
 
@@ -292,8 +313,7 @@ def load_adapter(auto: Any, ref: Model, labels: list[str] | None) -> Loaded:
         raise IntegrityError(f"{folder} has no adapter_model.safetensors", "adapters are loaded from safetensors alone")
     described = json.loads((folder / ADAPTER).read_text())
     base_path = described.get("base_model_name_or_path")
-    facts = json.loads((folder / FACTS).read_text()) if (folder / FACTS).is_file() else {}
-    own = facts.get("labels")
+    own = recorded(folder).get("labels")
     base = load_model(
         auto,
         Model(path=base_path, revision=described.get("revision"), dtype=ref.dtype, replace_head=True),
@@ -334,8 +354,7 @@ def known_labels(ref: Model) -> list[str] | None:
     """The class names that a model itself knows; None where its files name none."""
     folder = Path(str(ref.path))
     if (folder / ADAPTER).is_file():
-        facts = json.loads((folder / FACTS).read_text()) if (folder / FACTS).is_file() else {}
-        return facts.get("labels")
+        return recorded(folder).get("labels")
     if (folder / "open_clip_config.json").is_file():
         return None
     return list_labels(config_of(ref))

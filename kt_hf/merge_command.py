@@ -64,7 +64,7 @@ def merge(
     _refuse_other_meanings([*parents, *([found_base] if found_base else [])], len(parents))
     names = [p.name for p in parents]
     with merging.Parents([p.folder for p in parents], names) as opened:
-        built.fit(_Unscored(len(parents), names))
+        built.fit(merging.MergeRun(len(parents), names, True, _without_data))
         began = time.perf_counter()
         opened_base = merging.Parents([found_base.folder], [found_base.name]) if found_base else None
         size = merging.merge(
@@ -122,19 +122,11 @@ def _build(name: str, given: dict[str, Any], models: Sequence[str], base: str | 
     return method
 
 
-class _Unscored:
-    """What a merge may ask where there are no data: how many parents there are, and their names."""
-
-    higher_is_better = True
-
-    def __init__(self, num_parents: int, names: list[str]):
-        self.num_parents, self.names = num_parents, names
-
-    def score(self, weights_M: Sequence[float], base_weight: float = 0.0) -> float:
-        raise RecipeError(
-            "this merge scores candidates on validation data, which `kt-hf merge` has not",
-            "write a recipe with data and a Merge stage, and use `kt-hf run`",
-        )
+def _without_data(weights: Sequence[float]) -> float:
+    raise RecipeError(
+        "this merge scores candidates on validation data, which `kt-hf merge` has not",
+        "write a recipe with data and a Merge stage, and use `kt-hf run`",
+    )
 
 
 def _find(name: str) -> Origin:
@@ -196,15 +188,13 @@ def _words(folder: Path) -> dict[str, Any]:
 
 
 def _card(title: str, method: str, given: dict[str, Any], parents: Sequence[Origin], base: Origin | None) -> str:
+    from kt_hf.loading import recorded
     from kt_hf.merging import config
     from kt_hf.model_card import model_card
-    from kt_hf.task import FACTS
 
-    facts = parents[0].folder / FACTS
-    task = json.loads(facts.read_text()).get("task") if facts.is_file() else None
     return model_card(
         title,
-        task=task,
+        task=recorded(parents[0].folder).get("task"),
         sentence=f"A merge of {len(parents)} models by {method}, not measured.",
         base_model_relation="merge",
         parents=[(p.name, p.revision) for p in parents],

@@ -59,13 +59,6 @@ class Parents:
     def __exit__(self, *exc: Any) -> None:
         self.models = []
 
-    def names(self) -> list[str]:
-        return list(self.models[0])
-
-    def tensors(self, name: str) -> list[torch.Tensor]:
-        """To be copied before they are written to."""
-        return [model[name] for model in self.models]
-
     def check_finite(self) -> None:
         def check(model: Tensors) -> str | None:
             return next((n for n, t in model.items() if t.is_floating_point() and not finite(t)), None)

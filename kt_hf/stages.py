@@ -25,7 +25,7 @@ from kt_hf.errors import NonFiniteError, RecipeError
 from kt_hf.facts import Run
 from kt_hf.feed import training_rows
 from kt_hf.loader import Plan, Rows, Windows, load_batches
-from kt_hf.loading import local
+from kt_hf.loading import local, recorded
 from kt_hf.progress import title
 from kt_hf.recipe import Ensemble, Evaluate, Merge, Model, Stage, Train, Training
 from kt_hf.task import FACTS, Loaded, Scores
@@ -507,8 +507,7 @@ def save_model(task: Any, loaded: Loaded, folder: Path, facts: dict[str, Any]) -
         shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir(parents=True)
         task.save(loaded, staged)
-        own = json.loads((staged / FACTS).read_text()) if (staged / FACTS).is_file() else {}
-        (staged / FACTS).write_text(json.dumps({**own, **facts}, indent=1))
+        (staged / FACTS).write_text(json.dumps({**recorded(staged), **facts}, indent=1))
         shutil.rmtree(folder, ignore_errors=True)
         staged.rename(folder)
 

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from kt_hf import images
-from kt_hf.errors import DataError, RecipeError, RowError
+from kt_hf.errors import LEAVE_OUT, DataError, RecipeError, RowError
 
-REMEDY = "mend the file, or leave out all that cannot be read: data.drop=[unreadable]"
+REMEDY = f"mend the file, {LEAVE_OUT}"
 
 
 def evenly(total: int, wanted: int | None) -> list[int]:

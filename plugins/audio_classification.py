@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from kt_hf import Loaded, Role, Task, audio, classification, loading
+from kt_hf import Loaded, Role, Task, audio, classification, loading, tiny
 from kt_hf.reading import in_memory
 
 
@@ -30,36 +30,11 @@ class AudioClassification(classification.Classification, Task):
     cache_rows = False
     conformance = {
         "settings": {"max_seconds": 0.1},
-        "model": {
-            "config": "wav2vec2",
-            "config_overrides": {
-                "hidden_size": 16,
-                "intermediate_size": 24,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "conv_dim": [8, 8],
-                "conv_kernel": [10, 8],
-                "conv_stride": [8, 5],
-                "num_conv_pos_embeddings": 8,
-                "num_conv_pos_embedding_groups": 2,
-                "classifier_proj_size": 8,
-                "feat_extract_norm": "layer",
-                "do_stable_layer_norm": True,
-                "apply_spec_augment": False,
-                "initializer_range": 0.2,
-                "layerdrop": 0.0,
-                "hidden_dropout": 0.0,
-                "attention_dropout": 0.0,
-                "activation_dropout": 0.0,
-                "feat_proj_dropout": 0.0,
-                "final_dropout": 0.0,
-            },
-            "processor_overrides": {"sampling_rate": 8000},
-        },
+        "model": tiny.WAV2VEC,
     }
     roles = (
         Role("audio", ("audio",), aliases=("sound", "file", "speech")),
-        Role("label", ("class", "classes", "number"), aliases=("labels", "target", "category")),
+        classification.LABEL,
     )
 
     def __init__(self, *, max_seconds: Annotated[float, Field(gt=0, le=600)] = 5.0, metrics: list[str] | None = None):

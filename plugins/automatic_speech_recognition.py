@@ -28,7 +28,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
-from kt_hf import Loaded, Role, Task, audio, language, loading, writing
+from kt_hf import Loaded, Role, Task, audio, language, loading, tiny, writing
 from kt_hf.errors import DataError, RecipeError, RowError, nearest
 from kt_hf.language import IGNORED
 from kt_hf.reading import in_memory
@@ -62,32 +62,7 @@ class AutomaticSpeechRecognition(Task):
 
     conformance = {
         "settings": {"max_seconds": 1.0},
-        "model": {
-            "config": "wav2vec2",
-            "config_overrides": {
-                "hidden_size": 16,
-                "intermediate_size": 24,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "conv_dim": [8, 8],
-                "conv_kernel": [10, 8],
-                "conv_stride": [8, 5],
-                "num_conv_pos_embeddings": 8,
-                "num_conv_pos_embedding_groups": 2,
-                "feat_extract_norm": "layer",
-                "do_stable_layer_norm": True,
-                "apply_spec_augment": False,
-                "mask_time_prob": 0.0,
-                "initializer_range": 0.2,
-                "layerdrop": 0.0,
-                "hidden_dropout": 0.0,
-                "attention_dropout": 0.0,
-                "activation_dropout": 0.0,
-                "feat_proj_dropout": 0.0,
-                "final_dropout": 0.0,
-            },
-            "processor_overrides": {"sampling_rate": 8000},
-        },
+        "model": tiny.WAV2VEC,
     }
     roles = (
         Role("audio", ("audio",), aliases=("sound", "file", "speech")),
@@ -335,9 +310,7 @@ class AutomaticSpeechRecognition(Task):
                 "an ensemble of decoders scores given texts, but does not write",
                 "set task.automatic-speech-recognition.metrics=[loss], or merge in weight space instead",
             )
-        real_BL = batch["labels"] != IGNORED
-        nll_N, hit_N = language.judge(scores_NC, batch["labels"][real_BL])
-        found = language.per_example(nll_N, hit_N, real_BL.nonzero()[:, 0], rows)
+        found = language.judge_scores(scores_NC, batch["labels"])
         return {name: found[name] for name in ("nll", "tokens")}
 
     def finish(self, predictions: dict[str, np.ndarray], loaded: Loaded, rows: Any) -> dict[str, np.ndarray]:

@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import nn
 from torch.nn import functional as F
 
-from kt_hf import Loaded, Role, Task, loading
+from kt_hf import Loaded, Role, Task, loading, tiny
 from kt_hf.errors import DataError, NotMeaningful, RecipeError
 from kt_hf.functional import retrieval, scoring
 from kt_hf.task import Batch, Scores, auto_classes
@@ -57,19 +57,7 @@ class FeatureExtraction(Task):
     adapter_type = "FEATURE_EXTRACTION"
     conformance = {
         "roles": ("text", "text_pair", "label"),
-        "model": {
-            "config": "bert",
-            "config_overrides": {
-                "hidden_size": 16,
-                "intermediate_size": 24,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "initializer_range": 0.2,
-                "max_position_embeddings": 32,
-                "hidden_dropout_prob": 0.0,
-                "attention_probs_dropout_prob": 0.0,
-            },
-        },
+        "model": tiny.BERT,
     }
     roles = (
         Role("text", ("string",), aliases=("sentence1", "sentence_1", "anchor", "query", "question", "sentence")),

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import nn
 from torch.nn import functional as F
 
-from kt_hf import Loaded, Role, Task, language, loading
+from kt_hf import Loaded, Role, Task, language, loading, tiny
 from kt_hf.errors import DataError, IntegrityError, RecipeError
 from kt_hf.language import IGNORED
 from kt_hf.task import Batch, Scores
@@ -36,19 +36,7 @@ class FillMask(Task):
 
     auto_class = "AutoModelForMaskedLM"
     conformance = {
-        "model": {
-            "config": "bert",
-            "config_overrides": {
-                "hidden_size": 16,
-                "intermediate_size": 24,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "initializer_range": 0.2,
-                "max_position_embeddings": 32,
-                "hidden_dropout_prob": 0.0,
-                "attention_probs_dropout_prob": 0.0,
-            },
-        }
+        "model": tiny.BERT,
     }
     roles = (Role("text", ("string",), aliases=("sentence", "content", "document")),)
     unit = "token"
@@ -208,9 +196,7 @@ class FillMask(Task):
         return language.judge_labels(self.forward(model, batch).logits, batch["labels"])
 
     def from_scores(self, scores_NC: torch.Tensor, weight_N: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
-        hidden_BL = batch["labels"] != IGNORED
-        nll_N, hit_N = language.judge(scores_NC, batch["labels"][hidden_BL])
-        return language.per_example(nll_N, hit_N, hidden_BL.nonzero()[:, 0], len(batch["index"]))
+        return language.judge_scores(scores_NC, batch["labels"])
 
     def measure(self, predictions: dict[str, np.ndarray], loaded: Loaded, info: Any) -> Scores:
         """Perplexity and its logarithm, and accuracy, of hidden tokens."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kt_hf import Loaded, Role, Task, classification, images, loading
+from kt_hf import Loaded, Role, Task, classification, images, loading, tiny
 
 
 class ImageClassification(classification.Classification, Task):
@@ -20,25 +20,10 @@ class ImageClassification(classification.Classification, Task):
 
     auto_class = "AutoModelForImageClassification"
     classes_from = "model"
-    conformance = {
-        "model": {
-            "config": "vit",
-            "config_overrides": {
-                "hidden_size": 16,
-                "intermediate_size": 24,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "initializer_range": 0.2,
-                "image_size": 8,
-                "patch_size": 4,
-                "hidden_dropout_prob": 0.0,
-                "attention_probs_dropout_prob": 0.0,
-            },
-        }
-    }
+    conformance = {"model": tiny.VIT}
     roles = (
         Role("image", ("image",), aliases=("img", "pixel_values")),
-        Role("label", ("class", "classes", "number"), aliases=("labels", "target", "category")),
+        classification.LABEL,
     )
     cache_rows = False
     augments = "image"

@@ -17,13 +17,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from kt_hf import Loaded, Role, Task, images, loading
-from kt_hf.errors import DataError, RecipeError, RowError
+from kt_hf.errors import LEAVE_OUT, DataError, RecipeError, RowError
 from kt_hf.functional import scoring
 from kt_hf.task import FILL, Batch, Scores
 
 IGNORED = -100
 """Label of a pixel that does not count."""
-REMEDY = "or leave such rows out: data.drop=[unreadable]"
 
 
 class ImageSegmentation(Task):
@@ -159,14 +158,14 @@ class ImageSegmentation(Task):
             raise RowError(
                 place,
                 f"the image has {picture.width} x {picture.height} pixels, its mask {mask.width} x {mask.height}",
-                f"make masks as large as their images, {REMEDY}",
+                f"make masks as large as their images, {LEAVE_OUT}",
             )
         values = np.asarray(mask)
         if values.ndim != 2:
             raise RowError(
                 place,
                 f"the mask has {values.shape[-1]} channels",
-                f"save masks with one channel of class numbers, {REMEDY}",
+                f"save masks with one channel of class numbers, {LEAVE_OUT}",
             )
         counts = values != self.ignore_index
         if num_classes is not None and (values[counts] >= num_classes).any():

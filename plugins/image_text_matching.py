@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import nn
 from torch.nn import functional as F
 
-from kt_hf import Loaded, Role, Task, classification, images, loading, randomness
+from kt_hf import Loaded, Role, Task, classification, images, loading, randomness, tiny
 from kt_hf.data import row_hashes
 from kt_hf.errors import DataError, RecipeError, RowError
 from kt_hf.functional import scoring
@@ -28,15 +28,6 @@ ANSWERS = ["mismatch", "match"]
 IGNORED = -100
 WRONG = "wrong_"
 """Stands before the names of the inputs that are of a wrong text."""
-_SIZES = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "initializer_range": 0.2,
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-}
 _TOKENS = ("input_ids", "attention_mask", "token_type_ids")
 
 
@@ -71,8 +62,8 @@ class ImageTextMatching(Task):
     conformance = {
         "roles": ("image", "text"),
         "model": {
-            "image": {"config": "vit", "config_overrides": {**_SIZES, "image_size": 8, "patch_size": 4}},
-            "text": {"config": "bert", "config_overrides": {**_SIZES, "max_position_embeddings": 32}},
+            "image": tiny.VIT,
+            "text": tiny.BERT,
             "projection_dim": 16,
         },
     }

@@ -15,19 +15,10 @@ from PIL import Image
 from pydantic import Field
 from torch import nn
 
-from kt_hf import Loaded, Role, Task, audio, classification, images, loading
+from kt_hf import Loaded, Role, Task, audio, classification, images, loading, tiny
 from kt_hf.errors import DataError, RecipeError, RowError
 
 Medium = Literal["image", "text", "audio", "table"]
-_SIZES = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "initializer_range": 0.2,
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-}
 _TOKENS = ("input_ids", "attention_mask", "token_type_ids")
 
 
@@ -46,8 +37,8 @@ class MultimodalClassification(classification.Classification, Task):
     classes_from = "model"
     conformance = {
         "model": {
-            "image": {"config": "vit", "config_overrides": {**_SIZES, "image_size": 8, "patch_size": 4}},
-            "text": {"config": "bert", "config_overrides": {**_SIZES, "max_position_embeddings": 32}},
+            "image": tiny.VIT,
+            "text": tiny.BERT,
             "projection_dim": 16,
         },
         "settings": {"fusion": "gate", "shared_layers": 1},
@@ -57,7 +48,7 @@ class MultimodalClassification(classification.Classification, Task):
         Role("text", ("string",), False, ("sentence", "caption", "description", "title")),
         Role("audio", ("audio",), False, ("sound", "speech")),
         Role("table", ("numbers",), False, ("numbers", "features", "tabular")),
-        Role("label", ("class", "classes", "number"), aliases=("labels", "target", "category")),
+        classification.LABEL,
     )
     cache_rows = False
     augments = "image"

@@ -20,7 +20,7 @@ from PIL import Image
 from pydantic import Field
 from torch import nn
 
-from kt_hf import Loaded, Role, Task, images, loading
+from kt_hf import Loaded, Role, Task, images, loading, tiny
 from kt_hf.errors import DataError, RecipeError, RowError
 from kt_hf.functional import detection, set_loss
 from kt_hf.task import FILL, Batch, Part, Scores
@@ -60,18 +60,7 @@ class ObjectDetection(Task):
     conformance = {
         "model": {
             "config": "yolos",
-            "config_overrides": {
-                "hidden_size": 16,
-                "intermediate_size": 24,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "initializer_range": 0.2,
-                "image_size": [16, 16],
-                "patch_size": 4,
-                "num_detection_tokens": 6,
-                "hidden_dropout_prob": 0.0,
-                "attention_probs_dropout_prob": 0.0,
-            },
+            "config_overrides": {**tiny.ENCODER, "image_size": [16, 16], "patch_size": 4, "num_detection_tokens": 6},
         }
     }
     unit = "box"

@@ -18,8 +18,8 @@ from pydantic import Field
 from torch import nn
 from torch.nn import functional as F
 
-from kt_hf import Loaded, Role, Task, loading
-from kt_hf.errors import DataError, RecipeError, RowError
+from kt_hf import Loaded, Role, Task, loading, tiny
+from kt_hf.errors import LEAVE_OUT, DataError, RecipeError, RowError
 from kt_hf.functional import answers
 from kt_hf.task import FILL, Batch, Scores
 
@@ -46,19 +46,7 @@ class QuestionAnswering(Task):
     adapter_type = "QUESTION_ANS"
     conformance = {
         "settings": {"max_length": 20, "doc_stride": 3, "max_question_length": 9},
-        "model": {
-            "config": "bert",
-            "config_overrides": {
-                "hidden_size": 16,
-                "intermediate_size": 24,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "initializer_range": 0.2,
-                "max_position_embeddings": 384,
-                "hidden_dropout_prob": 0.0,
-                "attention_probs_dropout_prob": 0.0,
-            },
-        },
+        "model": {"config": "bert", "config_overrides": {**tiny.ENCODER, "max_position_embeddings": 384}},
     }
     unit = "end"
     metric = "f1"
@@ -373,7 +361,7 @@ def spans(place: int, given: Any, context: str) -> list[tuple[str, int, int]]:
             raise RowError(
                 place,
                 f"the answer '{text[:60]}' is not at character {start} of its context (there: '{there[:60]}')",
-                "mend answer_start, which counts characters from 0, or leave such rows out: data.drop=[unreadable]",
+                f"mend answer_start, which counts characters from 0, {LEAVE_OUT}",
             )
         found.append((text, start, start + len(text)))
     return found

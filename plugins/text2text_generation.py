@@ -248,9 +248,7 @@ class Text2TextGeneration(Task):
                 "an ensemble of text-to-text models scores given targets, but does not write",
                 "set task.text2text-generation.metrics=[perplexity], or merge in weight space instead",
             )
-        real_BL = batch["labels"] != IGNORED
-        nll_N, hit_N = language.judge(scores_NC, batch["labels"][real_BL])
-        return language.per_example(nll_N, hit_N, real_BL.nonzero()[:, 0], len(batch["index"]))
+        return language.judge_scores(scores_NC, batch["labels"])
 
     def finish(self, predictions: dict[str, np.ndarray], loaded: Loaded, rows: Any) -> dict[str, np.ndarray]:
         """Texts in place of token ids, and for every metric of texts its counts of each example; references are the

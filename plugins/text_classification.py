@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from kt_hf import Loaded, Role, Task, classification, loading, unpadding
+from kt_hf import Loaded, Role, Task, classification, loading, tiny, unpadding
 
 
 class TextClassification(classification.Classification, Task):
@@ -23,19 +23,7 @@ class TextClassification(classification.Classification, Task):
     adapter_type = "SEQ_CLS"
     classes_from = "model"
     conformance = {
-        "model": {
-            "config": "bert",
-            "config_overrides": {
-                "hidden_size": 16,
-                "intermediate_size": 24,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "initializer_range": 0.2,
-                "max_position_embeddings": 32,
-                "hidden_dropout_prob": 0.0,
-                "attention_probs_dropout_prob": 0.0,
-            },
-        }
+        "model": tiny.BERT,
     }
     augments = "text"
     length_column = "input_ids"

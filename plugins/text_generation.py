@@ -25,7 +25,7 @@ from pydantic import Field
 from torch import nn
 from torch.nn import functional as F
 
-from kt_hf import Loaded, Role, Task, language, loading, packing
+from kt_hf import Loaded, Role, Task, language, loading, packing, tiny
 from kt_hf.errors import DataError, IntegrityError, RecipeError
 from kt_hf.language import IGNORED
 from kt_hf.task import Batch, Scores
@@ -53,15 +53,7 @@ class TextGeneration(Task):
         "roles": ("text",),
         "model": {
             "config": "llama",
-            "config_overrides": {
-                "hidden_size": 16,
-                "intermediate_size": 24,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "initializer_range": 0.2,
-                "max_position_embeddings": 64,
-                "attention_dropout": 0.0,
-            },
+            "config_overrides": {**tiny.SIZES, "max_position_embeddings": 64, "attention_dropout": 0.0},
         },
     }
     roles: ClassVar[tuple[Role, ...]] = (
@@ -309,13 +301,10 @@ class TextGeneration(Task):
 
     def predict(self, model: nn.Module, batch: Batch, context: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Per example: `nll` (nats, summed over its predicted tokens), `tokens`, `correct` (of greedy choice)."""
-        labels_BL = torch.where(predicted_mask(batch), batch["labels"][:, 1:], IGNORED)
-        return language.judge_labels(self.forward(model, batch).logits[:, :-1], labels_BL)
+        return language.judge_labels(self.forward(model, batch).logits[:, :-1], next_labels(batch))
 
     def from_scores(self, scores_NC: torch.Tensor, weight_N: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
-        rows_N, positions_N = predicted(batch)
-        nll_N, hit_N = language.judge(scores_NC, batch["labels"][rows_N, positions_N + 1])
-        return language.per_example(nll_N, hit_N, rows_N, len(batch["index"]))
+        return language.judge_scores(scores_NC, next_labels(batch))
 
     def measure(self, predictions: dict[str, np.ndarray], loaded: Loaded, info: Any) -> Scores:
         return language.measure(
@@ -543,6 +532,11 @@ def predicted_mask(batch: Batch) -> torch.Tensor:
     """mask_B(L-1): positions whose next token counts. The token after padding on the left is predicted from nothing."""
     mask = batch["labels"][:, 1:] != IGNORED
     return mask & batch["attention_mask"][:, :-1].bool() if "attention_mask" in batch else mask
+
+
+def next_labels(batch: Batch) -> torch.Tensor:
+    """labels_B(L-1): the next token of every position, IGNORED where it does not count."""
+    return torch.where(predicted_mask(batch), batch["labels"][:, 1:], IGNORED)
 
 
 def predicted(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

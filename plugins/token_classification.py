@@ -18,15 +18,14 @@ from pydantic import Field
 from torch import nn
 from torch.nn import functional as F
 
-from kt_hf import Loaded, Role, Task, loading
-from kt_hf.errors import DataError, RecipeError, RowError
+from kt_hf import Loaded, Role, Task, loading, tiny
+from kt_hf.errors import LEAVE_OUT, DataError, RecipeError, RowError
 from kt_hf.task import FILL, Batch, Scores
 
 logger = logging.getLogger(__name__)
 
 IGNORED = -100
 """Label of a piece that is not learnt."""
-REMEDY = "or leave such rows out: data.drop=[unreadable]"
 UNKNOWN = -1
 """A word without a tag; among predictions, one that the model has not seen."""
 ENTITIES = ("entity_f1", "entity_precision", "entity_recall")
@@ -46,19 +45,7 @@ class TokenClassification(Task):
     adapter_type = "TOKEN_CLS"
     classes_from = "model"
     conformance = {
-        "model": {
-            "config": "bert",
-            "config_overrides": {
-                "hidden_size": 16,
-                "intermediate_size": 24,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "initializer_range": 0.2,
-                "max_position_embeddings": 32,
-                "hidden_dropout_prob": 0.0,
-                "attention_probs_dropout_prob": 0.0,
-            },
-        }
+        "model": tiny.BERT,
     }
     unit = "word"
     length_column = "input_ids"
@@ -410,6 +397,6 @@ def check_words(place: int, words: list[str], tags: list[int] | None) -> None:
     """Raises `RowError` unless all words are texts and each has a tag, where there are tags."""
     odd = next((word for word in words if not isinstance(word, str)), None)
     if odd is not None or None in words:
-        raise RowError(place, f"{odd!r} is no word", f"write a text for every word, {REMEDY}")
+        raise RowError(place, f"{odd!r} is no word", f"write a text for every word, {LEAVE_OUT}")
     if tags and len(tags) != len(words):
-        raise RowError(place, f"{len(words)} words with {len(tags)} tags", f"give a tag for every word, {REMEDY}")
+        raise RowError(place, f"{len(words)} words with {len(tags)} tags", f"give a tag for every word, {LEAVE_OUT}")

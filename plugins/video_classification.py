@@ -14,7 +14,7 @@ from PIL import Image
 from pydantic import Field
 from torch import nn
 
-from kt_hf import Loaded, Role, Task, classification, loading, video
+from kt_hf import Loaded, Role, Task, classification, loading, tiny, video
 from kt_hf.errors import RecipeError
 
 
@@ -33,23 +33,12 @@ class VideoClassification(classification.Classification, Task):
     conformance = {
         "model": {
             "config": "videomae",
-            "config_overrides": {
-                "hidden_size": 16,
-                "intermediate_size": 24,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "initializer_range": 0.2,
-                "image_size": 8,
-                "patch_size": 4,
-                "num_frames": 4,
-                "hidden_dropout_prob": 0.0,
-                "attention_probs_dropout_prob": 0.0,
-            },
+            "config_overrides": {**tiny.ENCODER, "image_size": 8, "patch_size": 4, "num_frames": 4},
         }
     }
     roles = (
         Role("video", ("video", "images"), aliases=("frames", "clip", "images", "file")),
-        Role("label", ("class", "classes", "number"), aliases=("labels", "target", "category")),
+        classification.LABEL,
     )
 
     def __init__(self, *, num_frames: Annotated[int, Field(ge=1)] | None = None, metrics: list[str] | None = None):

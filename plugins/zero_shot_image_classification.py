@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import nn
 from torch.nn import functional as F
 
-from kt_hf import Loaded, Role, Task, classification, images, loading
+from kt_hf import Loaded, Role, Task, classification, images, loading, tiny
 from kt_hf.errors import DataError, RecipeError
 from kt_hf.functional import retrieval
 from kt_hf.task import Scores
@@ -22,17 +22,6 @@ from kt_hf.task import Scores
 AT = (1, 5, 10)
 _PROMPTS = 256
 _OURS = ("index", "labels", "text_id")
-_SIZES = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "initializer_range": 0.2,
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-}
-VIT = {"config": "vit", "config_overrides": {**_SIZES, "image_size": 8, "patch_size": 4}}
-BERT = {"config": "bert", "config_overrides": {**_SIZES, "max_position_embeddings": 32}}
 Template = Annotated[str, Field(pattern=r"\{\}")]
 Metric = Literal["auto", "accuracy", "macro_f1", "text_retrieval_recall@1", "image_retrieval_recall@1"]
 
@@ -52,7 +41,7 @@ class ZeroShotImageClassification(classification.Classification, Task):
     sketches = False
     conformance = {
         "roles": ("image", "text", "label"),
-        "model": {"image": VIT, "text": BERT, "projection_dim": 16},
+        "model": {"image": tiny.VIT, "text": tiny.BERT, "projection_dim": 16},
     }
     roles = (
         Role("image", ("image",), aliases=("img", "pixel_values", "jpg", "png")),

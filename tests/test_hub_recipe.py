@@ -42,6 +42,9 @@ def test_a_recipe_publishes_and_another_starts_from_it(tmp_path):
         assert done.returncode == 0, done.stderr[-2000:]
         files = hub.head("writer/digits").tree
         assert {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"} <= set(files)
+        ask = "from kt_hf.loading import recorded as r; print(r('writer/digits'), r('writer/none'), r('no/such/thing'))"
+        told = launch(tmp_path, hub, "-c", ask)
+        assert told.stdout.strip() == "{'task': 'image-classification'} {} {}", told.stderr[-2000:]
         again = launch(tmp_path, hub, recipe, *small, "model=writer/digits", "--output-dir", "two")
         assert again.returncode == 0, again.stderr[-2000:]
         assert hub.seen("/writer/digits/resolve/")

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from kt_hf_plugins.zero_shot_image_classification import BERT, VIT
 from transformers import pipeline
 
 from kt_hf import inference
 from kt_hf.recipe import Model
 from kt_hf.testing.bench import Bench
+from kt_hf.tiny import BERT, VIT
 
 
 def test_text_generation(tmp_path: Path) -> None:
