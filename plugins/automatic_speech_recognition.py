@@ -515,6 +515,7 @@ class Heard:
 
 
 _PACE = 3
+"""Seconds of sound by whose frames models are compared."""
 
 
 def num_frames(model: Any, lengths_B: torch.Tensor) -> torch.Tensor:
@@ -533,7 +534,7 @@ def num_frames(model: Any, lengths_B: torch.Tensor) -> torch.Tensor:
 
 def is_ctc(ref: Any) -> bool:
     """Whether a model reads frames: by the class that its files name, else by its type."""
-    if ref.path is not None and (Path(ref.path) / loading.ADAPTER).is_file():
+    if loading.is_adapter(ref):
         described = json.loads((Path(ref.path) / loading.ADAPTER).read_text())
         return is_ctc(Model(path=described["base_model_name_or_path"], revision=described.get("revision")))
     config = loading.config_of(ref)
@@ -584,8 +585,9 @@ def load_frames(ref: Any, texts: list[str]) -> Loaded:
     from transformers import AutoModelForCTC
 
     of_tokenizer, of_extractor = parted(ref)
-    adapter = ref.path is not None and (Path(ref.path) / loading.ADAPTER).is_file()
-    trained = ref.path is not None and (adapter or loading.has_head(AutoModelForCTC, loading.config_of(ref)))
+    trained = ref.path is not None and (
+        loading.is_adapter(ref) or loading.has_head(AutoModelForCTC, loading.config_of(ref))
+    )
     if trained or ref.processor:
         tokenizer = loading.load_tokenizer(of_tokenizer)
     else:

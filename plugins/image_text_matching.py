@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from kt_hf import Loaded, Role, Task, classification, images, loading, randomness, tiny
 from kt_hf.data import row_hashes
-from kt_hf.errors import DataError, RecipeError, RowError
+from kt_hf.errors import LEAVE_OUT, DataError, RecipeError, RowError
 from kt_hf.functional import scoring
 from kt_hf.task import Batch, Scores
 
@@ -189,6 +189,10 @@ class ImageTextMatching(Task):
         if "label" in rows:
             columns["labels"] = [_yes_or_no(place, value) for place, value in enumerate(rows["label"])]
         return columns
+
+    def check(self, row: dict[str, Any]) -> None:
+        if "label" in row:
+            _yes_or_no(0, row["label"])
 
     def collate(self, rows: Sequence[dict[str, Any]], loaded: Loaded) -> Batch:
         """Own and wrong texts are padded to one width."""
@@ -407,7 +411,9 @@ def _yes_or_no(place: int, value: float | None) -> int:
     if value is None or value != value:
         return IGNORED
     if value not in (0, 1):
-        raise RowError(place, f"the label is {value:g}", "write 1 for pairs that belong together and 0 for others")
+        raise RowError(
+            place, f"the label is {value:g}", f"write 1 for what belongs together, 0 for others, {LEAVE_OUT}"
+        )
     return int(value)
 
 

@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import nn
 
 from kt_hf import Loaded, Role, Task, images, loading, tiny
-from kt_hf.errors import DataError, RecipeError, RowError
+from kt_hf.errors import LEAVE_OUT, DataError, RecipeError, RowError
 from kt_hf.functional import detection, set_loss
 from kt_hf.task import FILL, Batch, Part, Scores
 
@@ -182,22 +182,29 @@ class ObjectDetection(Task):
 
     def _objects(self, place: int, given: Any, picture: Image.Image, loaded: Loaded) -> tuple[np.ndarray, np.ndarray]:
         """(boxes_M4 as left, top, right, bottom in pixels, labels_M as the model numbers classes) of a row."""
+        boxes, classes = self._kept(place, given, picture)
+        odd = [one for one in classes if one not in self.places]
+        if odd:
+            known = ", ".join(list(self.names or [])[:8])
+            raise RowError(place, f"a box has the class {odd[0]!r}, the classes are {known}", "mend or name it")
+        ids = loaded.label_ids or []
+        labels = [ids[self.places[one]] for one in classes]
+        return np.array(boxes, np.float64).reshape(-1, 4), np.array(labels, np.int64)
+
+    def _kept(self, place: int, given: Any, picture: Image.Image) -> tuple[list[list[float]], list[Any]]:
+        """Boxes and their classes, as the data have these, but for crowds."""
         columns = as_lists(given)
         boxes, classes = (next((columns[n] or [] for n in names if n in columns), []) for names in (BOXES, CLASSES))
         if len(boxes) != len(classes):
-            raise RowError(
-                place, f"it has {len(boxes)} boxes and {len(classes)} classes", "give every box one class, or drop it"
-            )
+            cause = f"it has {len(boxes)} boxes and {len(classes)} classes"
+            raise RowError(place, cause, f"give every box one class, {LEAVE_OUT}")
         crowd = columns.get("iscrowd") or [0] * len(boxes)
         kept = [i for i in range(len(boxes)) if not crowd[i]]
-        unknown = next((classes[i] for i in kept if classes[i] not in self.places), None)
-        if any(classes[i] not in self.places for i in kept):
-            known = ", ".join(list(self.names or [])[:8])
-            raise RowError(place, f"a box has the class {unknown!r}, the classes are {known}", "mend or name it")
-        found = [self._box(place, boxes[i], picture) for i in kept]
-        ids = loaded.label_ids or []
-        labels = [ids[self.places[classes[i]]] for i in kept]
-        return np.array(found, np.float64).reshape(-1, 4), np.array(labels, np.int64)
+        return [self._box(place, boxes[i], picture) for i in kept], [classes[i] for i in kept]
+
+    def check(self, row: dict[str, Any]) -> None:
+        if "objects" in row:
+            self._kept(0, row["objects"], row["image"])
 
     def _box(self, place: int, box: Any, picture: Image.Image) -> list[float]:
         """Cut at the picture's edge. Raises `RowError` for a box that cannot be meant so."""
@@ -215,7 +222,9 @@ class ObjectDetection(Task):
         if not (np.isfinite(ends).all() and right > left and bottom > top):
             cause = "is not four numbers" if not np.isfinite(ends).all() else "has no width or no height"
             raise RowError(
-                place, f"the box {box} {cause}", f"mend or drop it; boxes are read as {self.box_format} (box_format)"
+                place,
+                f"the box {box} {cause}",
+                f"mend it, {LEAVE_OUT}; boxes are read as {self.box_format} (box_format)",
             )
         inside = [max(left, 0.0), max(top, 0.0), min(right, width), min(bottom, height)]
         area = max(inside[2] - inside[0], 0) * max(inside[3] - inside[1], 0)
@@ -223,7 +232,7 @@ class ObjectDetection(Task):
             raise RowError(
                 place,
                 f"more than half of the box {box} is outside of the picture of {width} x {height} pixels",
-                f"mend or drop it; boxes are read as {self.box_format} (task.object-detection.box_format)",
+                f"mend it, {LEAVE_OUT}; boxes are read as {self.box_format} (task.object-detection.box_format)",
             )
         return [float(x) for x in inside]
 

@@ -12,6 +12,8 @@ import pytest
 import soundfile
 from kt_hf_plugins.audio_classification import AudioClassification
 from kt_hf_plugins.image_segmentation import ImageSegmentation
+from kt_hf_plugins.image_text_matching import ImageTextMatching
+from kt_hf_plugins.object_detection import ObjectDetection
 from kt_hf_plugins.question_answering import QuestionAnswering
 from kt_hf_plugins.token_classification import TokenClassification
 from PIL import Image
@@ -58,6 +60,26 @@ def questions() -> datasets.Dataset:
     return datasets.Dataset.from_list(rows)
 
 
+def boxes() -> datasets.Dataset:
+    objects = [{"bbox": [[1.0, 1.0, 4.0, 4.0]], "category": [0]} for _ in range(6)]
+    objects[2] = {"bbox": [[1.0, 1.0, 0.0, 4.0]], "category": [0]}
+    objects[3] = {"bbox": [[1.0, 1.0, 4.0, 4.0]], "category": [0, 0]}
+    pictures = [Image.fromarray(np.full((8, 8, 3), 30 * i, np.uint8)) for i in range(6)]
+    kind = datasets.List(datasets.ClassLabel(names=["thing"]))
+    fields = {"bbox": datasets.List(datasets.List(datasets.Value("float64"))), "category": kind}
+    kinds = datasets.Features({"image": datasets.Image(), "objects": fields})
+    return datasets.Dataset.from_dict({"image": pictures, "objects": objects}, kinds)
+
+
+def pairs() -> datasets.Dataset:
+    pictures = [Image.fromarray(np.full((8, 8, 3), 30 * i, np.uint8)) for i in range(6)]
+    kinds = datasets.Features(
+        {"image": datasets.Image(), "text": datasets.Value("string"), "label": datasets.Value("float64")}
+    )
+    columns = {"image": pictures, "text": [f"text {i}" for i in range(6)], "label": [0.0, 1.0, 0.5, 1.0, 0.0, 1.0]}
+    return datasets.Dataset.from_dict(columns, kinds)
+
+
 CASES: dict[str, tuple[Any, datasets.Dataset, dict[int, str]]] = {
     "audio": (AudioClassification(), sounds(), {2: "cannot be decoded as sound", 4: "holds no sound at all"}),
     "masks": (
@@ -66,6 +88,8 @@ CASES: dict[str, tuple[Any, datasets.Dataset, dict[int, str]]] = {
         {1: "its mask 6 x 8", 3: "the value 9, the classes go from 0 to 1"},
     ),
     "words": (TokenClassification(), words(), {5: "3 words with 2 tags"}),
+    "boxes": (ObjectDetection(), boxes(), {2: "has no width", 3: "1 boxes and 2 classes"}),
+    "pairs": (ImageTextMatching(), pairs(), {2: "the label is 0.5"}),
     "questions": (QuestionAnswering(), questions(), {0: "is not at character 6"}),
 }
 

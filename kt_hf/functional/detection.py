@@ -41,10 +41,8 @@ def rank(
     order_D = np.argsort(-scores_D, kind="stable")
     images_D = np.repeat(np.arange(len(scores)), [len(s) for s in scores])[order_D]
     hit_TD = np.concatenate([np.zeros((num_thresholds, 0), bool), *hits_N], 1)[:, order_D]
-    images_D = images_D[
-        : max(np.flatnonzero(hit_TD.any(0)), default=-1) + 1
-    ]  # what comes after the last hit is nothing
-    return Ranking(images_D, [np.flatnonzero(hit_D) for hit_D in hit_TD], np.asarray(counts_N))
+    last = max(np.flatnonzero(hit_TD.any(0)), default=-1)  # what comes after the last hit changes nothing
+    return Ranking(images_D[: last + 1], [np.flatnonzero(hit_D) for hit_D in hit_TD], np.asarray(counts_N))
 
 
 def average_precision(
