@@ -64,11 +64,11 @@ def from_source(model: Any, data: Data, known: Any = None, **source: Any) -> lis
     return [first, *pair(model, known or {"path": "@source", "replace_head": True})]
 
 
-def texts(folder: Path, name: str, task: Any, steps: int = 60, **data: Any) -> Recipe:
+def texts(folder: Path, name: str, task: Any, steps: int = 60, size: int = 16, **data: Any) -> Recipe:
     """MiniLM-L6 with and without its weights."""
     fresh = Model(config=minilm(), processor=minilm())
     found = Data(str(folder / name), **{"max_examples": FEW, **data})
-    return recipe(found, pair(fresh, minilm(), 1e-4), task, steps, 2e-4)
+    return recipe(found, pair(fresh, minilm(), 1e-4), task, steps, 2e-4, size)
 
 
 # --- texts -----------------------------------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ def crossner(folder: Path, work: Path) -> Recipe:
 def xquad(folder: Path, work: Path) -> Recipe:
     """English questions, 705 of them; pretrained MiniLM-L6, which never saw such a task"""
     task = {"question-answering": {"max_length": 128, "doc_stride": 48, "max_windows": 1}}
-    return texts(folder, "xquad", task, 30, where={"lang": "en"}, max_examples={"test": 150, "validation": 50})
+    return texts(folder, "xquad", task, 40, 6, where={"lang": "en"}, max_examples={"test": 150, "validation": 50})
 
 
 @row
