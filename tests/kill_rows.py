@@ -266,7 +266,7 @@ ROWS = [
             {"training": "1.43", "step": 1},
             {"training": "1.43", "step": 7},
             {"op": r"rename .*/seeds/1/\.stage\.partial"},
-            {"op": r"open .*/soup/\.candidate"},
+            {"op": r"open .*/soup/\.\.candidate\.partial/model"},
             {"op": r"rename .*/soup/\.stage\.partial"},
             {"op": r"rename .*/both/\.stage\.partial"},
         ],
