@@ -25,7 +25,7 @@ from kt_hf import checkpoint
 from kt_hf.errors import IntegrityError, RecipeError
 from kt_hf.functional.averaging import weighted_mean
 from kt_hf.merge import MergeMethod
-from kt_hf.merge_engine import Fusion, finite
+from kt_hf.merge_engine import Fusion, Job, finite
 from kt_hf.progress import Bytes
 from kt_hf.tensor_files import SHARD_BYTES, Spec, Writer, open_model, weight_files
 
@@ -180,41 +180,69 @@ def merge(
     folder: Path,
     *,
     out_dtype: torch.dtype | None = None,
+    shard_bytes: int | None = None,
+    **options: Any,
+) -> int:
+    """Write the merged model directory: the first parent's files with merged weights. Returns the bytes of those.
+
+    out_dtype, shard_bytes, options: as `write` has them; by default one file where the first parent is one.
+    """
+    jobs = plan(method, parents, base)
+    sources = weight_files(parents.folders[0])
+    single = sources[0].name if len(sources) == 1 else "model.safetensors"
+    if shard_bytes is None and len(sources) > 1:
+        shard_bytes = SHARD_BYTES
+    if single == "open_clip_model.safetensors":
+        shard_bytes = None  # its readers know no shards
+    return write(
+        jobs, parents.folders[0], folder, out_dtype=out_dtype, single=single, shard_bytes=shard_bytes, **options
+    )
+
+
+def plan(method: MergeMethod, parents: Parents, base: Parents | None) -> dict[str, Job]:
+    """What becomes of each tensor where one method merges all of them."""
+    if base is not None:
+        refuse_differences(parents.labels[0], parents.models[0], base.labels[0], base.models[0], extra=True)
+    _check_buffers(parents)
+    twins, labels = _twins(parents.models), _distinct(parents.labels)
+    jobs = {}
+    for name, tensor in parents.models[0].items():
+        sources = tuple(zip(labels, (m[name] for m in parents.models), strict=True))
+        start = (base.labels[0], base.models[0][name]) if base is not None else None
+        merges = tensor.is_floating_point()
+        jobs[name] = Job(twins.get(name, name), sources, method if merges else None, start if merges else None)
+    return jobs
+
+
+def write(
+    jobs: Mapping[str, Job],
+    like: Path,
+    folder: Path,
+    *,
+    out_dtype: torch.dtype | None = None,
     compute: torch.dtype = torch.float32,
+    single: str = "model.safetensors",
     shard_bytes: int | None = None,
     threads: int | None = None,
     sync: bool = True,
     files: Mapping[str, str] | None = None,
 ) -> int:
-    """Write the merged model directory: the first parent's files with merged weights. Returns the bytes of those.
+    """Write a model directory: tensors as the jobs say, and the other files of `like`. Returns the weights' bytes.
 
-    out_dtype: of what is a floating point number; default: the first parent's. shard_bytes: of a file at most;
-    default: one file where the first parent is one, else `SHARD_BYTES`. threads: default as torch's. sync: outlast a
-    loss of power. files: texts to write beside, by name.
+    out_dtype: of what is a floating point number; default: what a job's first source has. shard_bytes: of a file at
+    most; default: one file, `single`. threads: default as torch's. sync: outlast a loss of power. files: texts to write
+    beside, or in place of others, by name.
     """
-    first = parents.folders[0]
-    if base is not None:
-        refuse_differences(parents.labels[0], parents.models[0], base.labels[0], base.models[0], extra=True)
-    _check_buffers(parents)
-    sources = weight_files(first)
-    single = sources[0].name if len(sources) == 1 else "model.safetensors"
-    if shard_bytes is None and len(sources) > 1:
-        shard_bytes = SHARD_BYTES
     specs = [
-        Spec(n, out_dtype if out_dtype and t.is_floating_point() else t.dtype, tuple(t.shape))
-        for n, t in parents.models[0].items()
+        Spec(n, out_dtype if out_dtype and job.like.is_floating_point() else job.like.dtype, tuple(job.like.shape))
+        for n, job in jobs.items()
     ]
-    if single == "open_clip_model.safetensors":
-        shard_bytes = None  # its readers know no shards
     with checkpoint.disk(folder), _staged(folder) as staged:
-        _copy_files(first, staged, out_dtype)
+        _copy_files(like, staged, out_dtype)
         writer = Writer(staged, specs, single, shard_bytes)
         progress = Bytes(f"merging into {folder.name}", writer.total)
         try:
-            labelled = dict(zip(_distinct(parents.labels), parents.models, strict=True))
-            base_model = base.models[0] if base is not None else None
-            fusion = Fusion(method, labelled, base_model, writer, compute, _twins(parents.models))
-            fusion.run(threads or torch.get_num_threads(), progress.add, sync)
+            Fusion(jobs, writer, compute).run(threads or torch.get_num_threads(), progress.add, sync)
             writer.finish()
         finally:
             progress.close()
