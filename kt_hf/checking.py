@@ -11,6 +11,7 @@ from kt_hf import registry, search, settings
 from kt_hf.errors import Collector, IntegrityError, RecipeError, nearest
 from kt_hf.nouns import (
     BASELINES,
+    PARENTS,
     STAGES,
     TOWERS,
     Data,
@@ -368,8 +369,9 @@ def _check_order(stages: list[Stage], collect: Collector) -> None:
             else:
                 _check_reference(stage, path, ref, other, where, collect)
         for baseline in stage.compare or []:
-            if not baseline.startswith("@") and baseline not in BASELINES:
-                remedy = nearest(baseline, [*BASELINES, *(f"@{n}" for n in earlier)])
+            known = [*BASELINES, *(PARENTS if isinstance(stage, Merge) else ())]
+            if not baseline.startswith("@") and baseline not in known:
+                remedy = nearest(baseline, [*known, *(f"@{n}" for n in earlier)])
                 collect.add(f"{where}.compare: got '{baseline}'", remedy)
         earlier[stage.name] = stage
 

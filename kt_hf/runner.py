@@ -28,6 +28,7 @@ from kt_hf.merge import MergeMethod, check_parents
 from kt_hf.recipe import Data, Ensemble, Evaluate, Merge, Model, Recipe, Stage, Train
 from kt_hf.roles import fitting_tasks
 from kt_hf.task import Task
+from kt_hf.tensor_files import read_size
 
 logger = logging.getLogger(__name__)
 
@@ -273,6 +274,8 @@ def _check_merge(stage: Merge, method: MergeMethod, recipe: Recipe) -> None:
     base = str(stage.base.path) if stage.base is not None else None
     try:
         check_parents(grammar.named(stage.method)[0], method, names, base)
+        if stage.max_shard_size is not None:
+            read_size(stage.max_shard_size)
     except RecipeError as error:
         raise RecipeError(f"stages.{stage.name}: {error.cause}", error.remedy) from None
 
@@ -317,6 +320,8 @@ def plan(context: Context, collect: Collector) -> None:
                 _plan_training(context, stage)
             if isinstance(stage, Ensemble):
                 _plan_ensemble(context, stage)
+            if isinstance(stage, Merge):
+                _plan_merge(context, stage)
             if isinstance(stage, Evaluate) and stage.model is not None and stage.model.path is None:
                 raise RecipeError(
                     f"stages.{stage.name}: a fresh model has learned nothing", "give model=DIR_OR_HUB_ID or @stage"
@@ -366,6 +371,18 @@ def _plan_ensemble(context: Context, stage: Ensemble) -> None:
         raise RecipeError(
             f"stages.{stage.name}: fitting weights needs validation data and one class per example", "give the weights"
         )
+
+
+def _plan_merge(context: Context, stage: Merge) -> None:
+    if "validation" in context.info(stage).splits:
+        return
+    method, name = stages.build("merge", stage.method, stage, context.settings), grammar.named(stage.method)[0]
+    for asks, what in ((method.needs_validation, f"{name} selects"), (stage.fallback, "fallback=best_parent chooses")):
+        if asks:
+            raise RecipeError(
+                f"stages.{stage.name}: {what} on validation data, and there are none",
+                "give data with a validation split, or hold training rows out: data.validation_size",
+            )
 
 
 def _check_compare(context: Context, stage: Stage) -> None:

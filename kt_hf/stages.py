@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from kt_hf import checkpoint, elastic, ensembling, evaluation, merging, randomness, registry, search, trainer
+from kt_hf import beside, checkpoint, elastic, ensembling, evaluation, merging, randomness, registry, search, trainer
 from kt_hf import folder as folders
 from kt_hf import recipe as grammar
 from kt_hf.bundle import Bundle
@@ -29,6 +29,7 @@ from kt_hf.loading import local, recorded
 from kt_hf.progress import title
 from kt_hf.recipe import Ensemble, Evaluate, Merge, Model, Stage, Train, Training
 from kt_hf.task import FACTS, Loaded, Scores
+from kt_hf.tensor_files import read_size
 from kt_hf.tracking import tracking
 
 if TYPE_CHECKING:
@@ -312,13 +313,13 @@ def _merge(context: Context, stage: Merge, seed: int, folder: Path) -> dict[str,
             f"stages.{stage.name}: the parents keep batch statistics, and no training data are there to estimate them",
             "give the stage data with a training split",
         )
-    folders = [Path(str(m.path)) for m in models]
+    parent_folders = [Path(str(m.path)) for m in models]
     if base is not None:
-        with merging.Parents([*folders, Path(str(base.path))], [*names, "base"]):
+        with merging.Parents([*parent_folders, Path(str(base.path))], [*names, "base"]):
             pass  # the base has the parents' tensors
         with merging.Parents([Path(str(base.path))], ["base"]) as start:
             start.check_finite()
-    with merging.Parents(folders, names) as parents:
+    with merging.Parents(parent_folders, names) as parents:
         parents.check_finite()
 
         def score(weights: list[float]) -> float:
@@ -331,7 +332,7 @@ def _merge(context: Context, stage: Merge, seed: int, folder: Path) -> dict[str,
                     merging.merge(mean, parents, None, candidate, sync=False)
                 else:
                     assert base is not None
-                    with merging.Parents([*folders, Path(str(base.path))], [*names, "base"]) as with_base:
+                    with merging.Parents([*parent_folders, Path(str(base.path))], [*names, "base"]) as with_base:
                         merging.merge(mean, with_base, None, candidate, sync=False)
             accelerator.wait_for_everyone()
             soup = task.load(Model(path=str(candidate)), info)
@@ -339,18 +340,13 @@ def _merge(context: Context, stage: Merge, seed: int, folder: Path) -> dict[str,
             found = _predict(context, task, soup, soup.model, info, "validation")
             return task.measure(found, soup, info).metrics[task.metric]
 
-        if method.needs_validation and "validation" not in info.splits:
-            raise RecipeError(
-                f"stages.{stage.name}: {grammar.named(stage.method)[0]} selects on validation data, and there are none",
-                "give data with a validation split",
-            )
         merge_run = merging.MergeRun(len(models), names, task.greater_is_better, score)
         method.fit(merge_run)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             shutil.rmtree(folder / ".candidate", ignore_errors=True)
             with merging.Parents([Path(str(base.path))], ["base"]) if base is not None else _none() as base_parents:
-                merging.merge(method, parents, base_parents, folder / "model")
+                merging.merge(method, parents, base_parents, folder / "model", **_written(stage))
     accelerator.wait_for_everyone()
     loaded = task.load(Model(path=str(folder / "model")), info)
     if statistics:
@@ -358,10 +354,16 @@ def _merge(context: Context, stage: Merge, seed: int, folder: Path) -> dict[str,
         if accelerator.is_main_process:
             save_model(task, loaded, folder / "model", described(context, stage))
     seconds = time.perf_counter() - started
+    found = beside.measure(context, stage, loaded, names, models, folder)
+    falls_back = stage.fallback is not None and found.loses
+    if falls_back:
+        _keep_parent(context, stage, parent_folders, names, found.best, folder)
+        loaded = task.load(Model(path=str(folder / "model")), info)
     facts = measured(context, stage, loaded, folder, loaded.model)
     total = sum(p.numel() for p in loaded.model.parameters())
     facts["cost"].update(seconds=seconds, total_parameters=total, trained_parameters=0, optimizer_steps=0)
-    summary = {**method.summary(), "validation_scores": merge_run.scores}
+    summary = {**method.summary(), "validation_scores": merge_run.scores, **found.summary(falls_back)}
+    facts.update(found.absent)
     facts.update(
         summary=summary,
         lineage={
@@ -372,6 +374,26 @@ def _merge(context: Context, stage: Merge, seed: int, folder: Path) -> dict[str,
         },
     )
     return facts
+
+
+def _written(stage: Merge) -> dict[str, Any]:
+    """How the result is written."""
+    return {
+        "out_dtype": getattr(torch, stage.dtype) if stage.dtype else None,
+        "compute": getattr(torch, stage.compute),
+        "shard_bytes": read_size(stage.max_shard_size) if stage.max_shard_size is not None else None,
+    }
+
+
+def _keep_parent(
+    context: Context, stage: Merge, parents: list[Path], names: list[str], best: int | None, folder: Path
+) -> None:
+    """Write a parent in place of the merge."""
+    if context.accelerator.is_main_process:
+        only = merging.WeightedMean([float(i == best) for i in range(len(parents))])
+        with merging.Parents(parents, names) as opened:
+            merging.merge(only, opened, None, folder / "model", **_written(stage))
+    context.accelerator.wait_for_everyone()
 
 
 def _revisions(names: list[str], models: list[Model]) -> dict[str, str]:
