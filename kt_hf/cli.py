@@ -74,7 +74,10 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     one.add_argument("settings", nargs="*", metavar="key=value", help="settings of the method; see `kt-hf show METHOD`")
     one.add_argument("--models", nargs="+", required=True, metavar="MODEL", help="folders or Hub ids")
     one.add_argument("--base", metavar="MODEL", help="what they were fine-tuned from, for methods that ask for it")
+    one.add_argument("--head", metavar="MODEL", help="where heads differ: the model whose head is kept, or 'all'")
     one.add_argument("--output", required=True, metavar="DIR", help="a folder that does not exist yet")
+    one.add_argument("--no-check", action="store_true", help="do not load the result and try it")
+    one.add_argument("--dry-run", action="store_true", help="check and compare layer by layer, write nothing")
     one.add_argument("--dtype", metavar="DTYPE", help="of the result, such as bfloat16; default: the first model's")
     one.add_argument("--compute", default="float32", metavar="DTYPE", help="float32 (default) or float64")
     one.add_argument("--max-shard-size", metavar="SIZE", help="of a file, such as 5GB; default: as the first model")
@@ -290,6 +293,9 @@ def merge(options: argparse.Namespace) -> int:
             models,
             options.output,
             base=options.base,
+            head=options.head,
+            dry_run=options.dry_run,
+            check=not options.no_check,
             given=given,
             dtype=options.dtype,
             compute=options.compute,

@@ -652,7 +652,8 @@ def table(report: Mapping[str, Any]) -> str:
             if g is not None:
                 value, low, high = (amount(g[key], g["unit"], signed=True) for key in ("value", "low", "high"))
                 span = f"{value} ({low} to {high})"
-                middle = (cut(SHORT.get(g["baseline"], g["baseline"]), 14), span, "no claim" if g["seeds"] == 1 else g["verdict"])
+                against = cut(SHORT.get(g["baseline"], g["baseline"]), 14)
+                middle = (against, span, "no claim" if g["seeds"] == 1 else g["verdict"])
             right = (
                 (short(stage["cost"]["trained_parameters"]), "-" if seconds is None else f"{seconds:.1f}")
                 if i == 0

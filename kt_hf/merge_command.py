@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kt_hf import registry, settings
+from kt_hf import heads, registry, settings
 from kt_hf.errors import Collector, IntegrityError, RecipeError, nearest
 from kt_hf.overrides import parse_override
 from kt_hf.tensor_files import read_size
@@ -34,16 +34,21 @@ def merge(
     output: str | Path,
     *,
     base: str | None = None,
+    head: str | None = None,
     given: dict[str, Any] | None = None,
     dtype: str | None = None,
     compute: str = "float32",
     max_shard_size: str | int | None = None,
     threads: int | None = None,
+    dry_run: bool = False,
+    check: bool = True,
 ) -> str:
-    """Merge models into a new folder; returns a line on what was done.
+    """Merge models into a new folder; returns lines on what was done.
 
-    method, given: a registered merge and its settings. models, base: folders or Hub ids. dtype: of the result; default:
-    the first parent's. compute: float32 or float64. max_shard_size: such as `5GB`. threads: default as torch's.
+    method, given: a registered merge and its settings. models, base: folders or Hub ids. head: the parent whose head,
+    configuration and files are kept where heads differ, or `all`: a model for each. dtype: of the result; default: the
+    first parent's. compute: float32 or float64. max_shard_size: such as `5GB`. threads: default as torch's. dry_run:
+    check and compare, and write nothing. check: load the result and ask it something before it gets its name.
 
     Raises:
         RecipeError: mistakes in what was asked for, parents that do not fit each other, an output that exists.
@@ -52,6 +57,7 @@ def merge(
     import torch
 
     from kt_hf import merging
+    from kt_hf.trial import try_out
 
     output = Path(output)
     _check_words(dtype, compute, threads)
@@ -61,25 +67,54 @@ def merge(
         raise RecipeError(f"the output '{output}' exists", "name a folder that does not, or remove it")
     parents = [_find(name) for name in models]
     found_base = _find(base) if base is not None else None
-    _refuse_other_meanings([*parents, *([found_base] if found_base else [])], len(parents))
+    _refuse_other_meanings([*parents, *([found_base] if found_base else [])], len(parents), head is not None)
     names = [p.name for p in parents]
-    with merging.Parents([p.folder for p in parents], names) as opened:
-        built.fit(merging.MergeRun(len(parents), names, True, _without_data))
-        began = time.perf_counter()
-        opened_base = merging.Parents([found_base.folder], [found_base.name]) if found_base else None
-        size = merging.merge(
-            built,
-            opened,
-            opened_base,
-            output,
-            out_dtype=getattr(torch, dtype) if dtype else None,
-            compute=getattr(torch, compute),
-            shard_bytes=shard_bytes,
-            threads=threads,
-            files={"README.md": _card(output.name, method, given or {}, parents, found_base)},
-        )
-    seconds = time.perf_counter() - began
-    return f"merged {len(parents)} models by {method} into {output}: {size / 1e9:.3g} GB in {seconds:.1f} s"
+    built.fit(merging.MergeRun(len(parents), names, True, _without_data))
+    opened_base = merging.Parents([found_base.folder], [found_base.name]) if found_base else None
+    began, size, tried = time.perf_counter(), 0, 0.0
+
+    def verify(folder: Path) -> None:
+        nonlocal tried
+        start = time.perf_counter()
+        try_out(folder)
+        tried += time.perf_counter() - start
+
+    for kept, folder in _heads(head, names, output):
+        with merging.Parents([p.folder for p in parents], names, kept) as opened:
+            kinship = opened.kinship(opened_base)
+            if dry_run:
+                kinship.warn()
+                merging.plan(built, opened, opened_base)
+                return f"{kinship.table()}\nnothing was written: {len(parents)} models can be merged by {method}"
+            if not size:
+                kinship.warn()
+            size += merging.merge(
+                built,
+                opened,
+                opened_base,
+                folder,
+                out_dtype=getattr(torch, dtype) if dtype else None,
+                compute=getattr(torch, compute),
+                shard_bytes=shard_bytes,
+                threads=threads,
+                verify=verify if check else None,
+                files={"README.md": _card(folder.name, method, given or {}, parents, found_base, kinship.summary())},
+            )
+    seconds = time.perf_counter() - began - tried
+    return (
+        f"merged {len(parents)} models by {method} into {output}: {size / 1e9:.3g} GB in {seconds:.1f} s; "
+        f"{kinship.summary()}"
+    )
+
+
+def _heads(head: str | None, names: Sequence[str], output: Path) -> list[tuple[int | None, Path]]:
+    """(whose head is kept, where the model goes): one, or for `all` one for each parent, in a folder by its name."""
+    if head != "all":
+        return [(heads.place(head, names) if head is not None else None, output)]
+    short = [name.rstrip("/").rsplit("/", 1)[-1] for name in names]
+    if len(set(short)) < len(short):
+        short = [f"{i}-{name}" for i, name in enumerate(short)]
+    return [(i, output / name) for i, name in enumerate(short)]
 
 
 def separate(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
@@ -142,20 +177,20 @@ def _find(name: str) -> Origin:
     return Origin(name, Path(str(found.path)), found.revision)
 
 
-def _refuse_other_meanings(models: Sequence[Origin], parents: int) -> None:
+def _refuse_other_meanings(models: Sequence[Origin], parents: int, one_head: bool) -> None:
     """Weights of one shape may mean different things: another kind of model, other labels, other words. A base need not
-    have the parents' labels."""
+    have the parents' labels, nor need parents of which one head is kept."""
     first = models[0]
     for i, other in enumerate(models[1:], 1):
         mine, theirs = _meaning(first.folder), _meaning(other.folder)
         if not _same_file(first.folder / _TOKENIZER, other.folder / _TOKENIZER):
             mine, theirs = mine | _words(first.folder), theirs | _words(other.folder)
         for key in mine.keys() & theirs.keys():
-            if mine[key] != theirs[key] and (i < parents or key != "labels"):
-                raise RecipeError(
-                    f"'{first.name}' and '{other.name}' differ in their {key}",
-                    "merge models of one architecture, with the same labels and vocabulary",
-                )
+            if mine[key] != theirs[key] and (key != "labels" or (i < parents and not one_head)):
+                remedy = "merge models of one architecture, with the same labels and vocabulary"
+                if key == "labels":
+                    remedy += f"; or keep one's head, or all: --head {other.name}, --head all"
+                raise RecipeError(f"'{first.name}' and '{other.name}' differ in their {key}", remedy)
 
 
 _TOKENIZER = "tokenizer.json"
@@ -187,7 +222,9 @@ def _words(folder: Path) -> dict[str, Any]:
         raise IntegrityError(f"{path} cannot be read ({type(error).__name__})", "fetch this model again") from error
 
 
-def _card(title: str, method: str, given: dict[str, Any], parents: Sequence[Origin], base: Origin | None) -> str:
+def _card(
+    title: str, method: str, given: dict[str, Any], parents: Sequence[Origin], base: Origin | None, kinship: str
+) -> str:
     from kt_hf.loading import recorded
     from kt_hf.merging import config
     from kt_hf.model_card import model_card
@@ -195,7 +232,7 @@ def _card(title: str, method: str, given: dict[str, Any], parents: Sequence[Orig
     return model_card(
         title,
         task=recorded(parents[0].folder).get("task"),
-        sentence=f"A merge of {len(parents)} models by {method}, not measured.",
+        sentence=f"A merge of {len(parents)} models by {method}, not measured. Kinship of the parents: {kinship}.",
         base_model_relation="merge",
         parents=[(p.name, p.revision) for p in parents],
         settings={method: given, **({"base": base.name} if base else {})},

@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from kt_hf import checkpoint
+from kt_hf import checkpoint, heads, kinship
 from kt_hf.errors import IntegrityError, RecipeError
 from kt_hf.functional.averaging import weighted_mean
+from kt_hf.kinship import Kinship
 from kt_hf.merge import MergeMethod
 from kt_hf.merge_engine import Fusion, Job, finite
 from kt_hf.progress import Bytes
@@ -40,24 +41,54 @@ _SHOWN = 20
 
 
 class Parents:
-    """The parents' tensors, memory-mapped for reading. Checked on opening: the same names and shapes."""
+    """The parents' tensors, memory-mapped for reading. Checked on opening: the same names and shapes.
 
-    def __init__(self, folders: Sequence[Path], names: Sequence[str]):
-        self.folders, self.labels = list(folders), list(names)
+    head: the place of the parent whose head is kept, where the others' may differ; the result then has its names,
+    configuration and files, which are otherwise those of the first.
+    """
+
+    def __init__(self, folders: Sequence[Path], names: Sequence[str], head: int | None = None):
+        self.folders, self.labels, self.first = list(folders), list(names), head or 0
         for folder, label in zip(self.folders, self.labels, strict=True):
             if "quantization_config" in config(folder):
                 remedy = "merge the models as they were before they were quantised"
                 raise RecipeError(f"'{label}' is quantised: its weights are no numbers that can be averaged", remedy)
         self.models = [open_model(folder) for folder in folders]
-        _drop_tied_copies(self.models, config(self.folders[0]))
-        for label, model in zip(self.labels[1:], self.models[1:], strict=True):
-            refuse_differences(self.labels[0], self.models[0], label, model)
+        _drop_tied_copies(self.models, config(self.folders[self.first]))
+        self.kept: set[str] = set()
+        if head is not None:
+            self._keep_head()
+        shared = self.shared
+        for i, (label, model) in enumerate(zip(self.labels, self.models, strict=True)):
+            if i != self.first:
+                refuse_differences(self.labels[self.first], shared, label, model)
+
+    @property
+    def shared(self) -> Tensors:
+        """What all parents have, as the parent has it of which the result's files are."""
+        return {n: t for n, t in self.models[self.first].items() if n not in self.kept}
+
+    def _keep_head(self) -> None:
+        """Leave the other parents their backbones alone, under the names that those have beside the head that stays."""
+        starts = [heads.prefix(config(f), list(m)) for f, m in zip(self.folders, self.models, strict=True)]
+        wanted = starts[self.first]
+        self.kept = self.models[self.first].keys() - heads.backbone(self.models[self.first], wanted)
+        for i, (start, model) in enumerate(zip(starts, self.models, strict=True)):
+            if i != self.first:
+                bare = {n: model[n] for n in sorted(heads.backbone(model, start))}
+                self.models[i] = heads.renamed(bare, start, wanted)
 
     def __enter__(self) -> Parents:
         return self
 
     def __exit__(self, *exc: Any) -> None:
         self.models = []
+
+    def kinship(self, base: Parents | None) -> Kinship:
+        """How near the parents are to each other and to the base."""
+        shared = self.shared
+        start = base_tensors(self, base) if base is not None else None
+        return kinship.measure(self.labels, [{n: m[n] for n in shared} for m in self.models], start)
 
     def check_finite(self) -> None:
         def check(model: Tensors) -> str | None:
@@ -97,7 +128,8 @@ def refuse_differences(label: str, first: Tensors, other_label: str, other: Tens
         more = [f"and {len(odd) - _SHOWN} more"] if len(odd) > _SHOWN else []
         raise RecipeError(
             f"'{label}' and '{other_label}' differ in {len(odd)} tensors: {'; '.join([*odd[:_SHOWN], *more])}",
-            "merge models of one architecture and shape, with the same labels and vocabulary",
+            "merge models of one architecture and shape, with the same labels and vocabulary; "
+            "where heads alone differ, name the model whose head is kept as `head`",
         )
 
 
@@ -161,7 +193,8 @@ class MergeRun:
 
 
 class WeightedMean(MergeMethod):
-    """The weighted mean of the parents, for scoring candidates. Parents of weight 0 are left out exactly."""
+    """The weighted mean of the parents, for scoring candidates, and of the base where a weight more is given. Those of
+    weight 0 are left out exactly."""
 
     elementwise = True
 
@@ -169,7 +202,10 @@ class WeightedMean(MergeMethod):
         self.weights_M = weights_M
 
     def tensor(self, name: str, tensors_M: list[torch.Tensor], base: torch.Tensor | None, stats: Any) -> torch.Tensor:
-        used = [(t, w) for t, w in zip(tensors_M, self.weights_M, strict=True) if w]
+        given = [*tensors_M, *([base] if base is not None else [])]
+        used = [(t, w) for t, w in zip(given, self.weights_M, strict=False) if w]
+        if not used:  # all of the weight is the base's, which does not have this head
+            used = [(t, 1.0) for t in tensors_M]
         return weighted_mean([t for t, _ in used], [w for _, w in used])
 
 
@@ -188,30 +224,51 @@ def merge(
     out_dtype, shard_bytes, options: as `write` has them; by default one file where the first parent is one.
     """
     jobs = plan(method, parents, base)
-    sources = weight_files(parents.folders[0])
+    like = parents.folders[parents.first]
+    sources = weight_files(like)
     single = sources[0].name if len(sources) == 1 else "model.safetensors"
     if shard_bytes is None and len(sources) > 1:
         shard_bytes = SHARD_BYTES
     if single == "open_clip_model.safetensors":
         shard_bytes = None  # its readers know no shards
-    return write(
-        jobs, parents.folders[0], folder, out_dtype=out_dtype, single=single, shard_bytes=shard_bytes, **options
-    )
+    return write(jobs, like, folder, out_dtype=out_dtype, single=single, shard_bytes=shard_bytes, **options)
 
 
 def plan(method: MergeMethod, parents: Parents, base: Parents | None) -> dict[str, Job]:
-    """What becomes of each tensor where one method merges all of them."""
-    if base is not None:
-        refuse_differences(parents.labels[0], parents.models[0], base.labels[0], base.models[0], extra=True)
+    """What becomes of each tensor where one method merges all of them: a head that is kept stays as it is, and one that
+    the base does not have is the parents' mean."""
+    start = base_tensors(parents, base) if base is not None else {}
     _check_buffers(parents)
-    twins, labels = _twins(parents.models), _distinct(parents.labels)
+    labels, shared = _distinct(parents.labels), parents.shared
+    if base is not None and (lacks := [n for n in shared if n not in start]):
+        shown = ", ".join(lacks[:4]) + (f" and {len(lacks) - 4} more" if len(lacks) > 4 else "")
+        logger.warning("the base '%s' has no such head: the parents' mean is taken of %s", base.labels[0], shown)
+    twins = _twins([{n: m[n] for n in shared} for m in parents.models])
+    mean = WeightedMean([1.0] * len(parents.models))
     jobs = {}
-    for name, tensor in parents.models[0].items():
+    for name, tensor in parents.models[parents.first].items():
+        if name in parents.kept or not tensor.is_floating_point():
+            jobs[name] = Job(name, ((labels[parents.first], tensor),))
+            continue
         sources = tuple(zip(labels, (m[name] for m in parents.models), strict=True))
-        start = (base.labels[0], base.models[0][name]) if base is not None else None
-        merges = tensor.is_floating_point()
-        jobs[name] = Job(twins.get(name, name), sources, method if merges else None, start if merges else None)
+        own = (base.labels[0], start[name]) if base is not None and name in start else None
+        jobs[name] = Job(twins.get(name, name), sources, mean if method.needs_base and own is None else method, own)
     return jobs
+
+
+def base_tensors(parents: Parents, base: Parents) -> Tensors:
+    """The base's tensors by the names that the result has: without the head where it has none, or another. Raises
+    `RecipeError` where it lacks a part of the backbone."""
+    found, shared = base.models[0], parents.shared
+    if any(n not in found or found[n].shape != t.shape for n, t in shared.items()):
+        mine = heads.prefix(config(parents.folders[parents.first]), list(shared))
+        if not (mine and heads.backbone(found, mine)):
+            found = heads.renamed(found, heads.prefix(config(base.folders[0]), list(found)), mine)
+        lacks = [n for n, t in shared.items() if n not in found or found[n].shape != t.shape]
+        if mine and not any(n.startswith(mine) for n in lacks):
+            shared = {n: t for n, t in shared.items() if n.startswith(mine)}
+    refuse_differences(parents.labels[parents.first], shared, base.labels[0], found, extra=True)
+    return {n: found[n] for n in shared}
 
 
 def write(
@@ -226,12 +283,13 @@ def write(
     threads: int | None = None,
     sync: bool = True,
     files: Mapping[str, str] | None = None,
+    verify: Callable[[Path], None] | None = None,
 ) -> int:
     """Write a model directory: tensors as the jobs say, and the other files of `like`. Returns the weights' bytes.
 
     out_dtype: of what is a floating point number; default: what a job's first source has. shard_bytes: of a file at
     most; default: one file, `single`. threads: default as torch's. sync: outlast a loss of power. files: texts to write
-    beside, or in place of others, by name.
+    beside, or in place of others, by name. verify: called with the folder before it gets its name.
     """
     specs = [
         Spec(n, out_dtype if out_dtype and job.like.is_floating_point() else job.like.dtype, tuple(job.like.shape))
@@ -249,6 +307,8 @@ def write(
             writer.close()
         for name, text in (files or {}).items():
             (staged / name).write_text(text)
+        if verify is not None:
+            verify(staged)
         return writer.total
 
 
@@ -316,10 +376,11 @@ def _set_dtype(settings: dict[str, Any], word: str) -> None:
 def _check_buffers(parents: Parents) -> None:
     """Say which buffers of whole numbers differ, and that they are the first parent's; refuse what looks like weights
     that were quantised."""
-    numbers = [n for n, t in parents.models[0].items() if not t.is_floating_point()]
-    differ = [n for n in numbers if not all(torch.equal(m[n], parents.models[0][n]) for m in parents.models[1:])]
+    first = parents.shared
+    numbers = [n for n, t in first.items() if not t.is_floating_point()]
+    differ = [n for n in numbers if not all(torch.equal(m[n], first[n]) for m in parents.models)]
     for name in differ:
-        tensor = parents.models[0][name]
+        tensor = first[name]
         if tensor.dim() > 1 and tensor.element_size() == 1 and tensor.dtype != torch.bool:
             remedy = "merge the models as they were before they were quantised"
             raise RecipeError(f"{name} holds whole numbers of one byte that differ: weights that are quantised", remedy)
@@ -327,7 +388,7 @@ def _check_buffers(parents: Parents) -> None:
         some = ", ".join(differ[:5]) + (f" and {len(differ) - 5} more" if len(differ) > 5 else "")
         logger.warning(
             "buffers that are no floating point numbers are those of '%s', and others differ: %s",
-            parents.labels[0],
+            parents.labels[parents.first],
             some,
         )
 

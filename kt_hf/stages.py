@@ -17,7 +17,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from kt_hf import beside, checkpoint, elastic, ensembling, evaluation, merging, randomness, registry, search, trainer
+from kt_hf import (
+    beside,
+    checkpoint,
+    elastic,
+    ensembling,
+    evaluation,
+    heads,
+    merging,
+    randomness,
+    registry,
+    search,
+    trainer,
+)
 from kt_hf import folder as folders
 from kt_hf import recipe as grammar
 from kt_hf.bundle import Bundle
@@ -304,8 +316,10 @@ def _merge(context: Context, stage: Merge, seed: int, folder: Path) -> dict[str,
     names, models = find_parents(context, stage, seed)
     method = build("merge", stage.method, stage, context.settings)
     started = time.perf_counter()
-    loaded = task.load(models[0], info)
-    _check_kinship(task, loaded, models, names, info)
+    head = heads.place(stage.head, names) if stage.head is not None else None
+    loaded = task.load(models[head or 0], info)
+    if head is None:
+        _check_kinship(task, loaded, models, names, info)
     base = local(context.resolve(stage.base, seed)) if stage.base is not None else None
     statistics = merging.batch_statistics(loaded.model)
     if statistics and "train" not in info.splits:
@@ -314,26 +328,22 @@ def _merge(context: Context, stage: Merge, seed: int, folder: Path) -> dict[str,
             "give the stage data with a training split",
         )
     parent_folders = [Path(str(m.path)) for m in models]
-    if base is not None:
-        with merging.Parents([*parent_folders, Path(str(base.path))], [*names, "base"]):
-            pass  # the base has the parents' tensors
-        with merging.Parents([Path(str(base.path))], ["base"]) as start:
+    start = merging.Parents([Path(str(base.path))], ["base"]) if base is not None else None
+    with merging.Parents(parent_folders, names, head) as parents:
+        if start is not None:
+            merging.base_tensors(parents, start)
             start.check_finite()
-    with merging.Parents(parent_folders, names) as parents:
         parents.check_finite()
+        kinship = parents.kinship(start)
+        kinship.warn()
 
         def score(weights: list[float]) -> float:
             # through a folder and the task's own loading: tensors in a file may have other names than in the model
             candidate = folder / ".candidate"
             if accelerator.is_main_process:
                 shutil.rmtree(candidate, ignore_errors=True)
-                mean = merging.WeightedMean(weights)
-                if len(weights) == len(models):
-                    merging.merge(mean, parents, None, candidate, sync=False)
-                else:
-                    assert base is not None
-                    with merging.Parents([*parent_folders, Path(str(base.path))], [*names, "base"]) as with_base:
-                        merging.merge(mean, with_base, None, candidate, sync=False)
+                own = start if len(weights) > len(models) else None
+                merging.merge(merging.WeightedMean(weights), parents, own, candidate, sync=False)
             accelerator.wait_for_everyone()
             soup = task.load(Model(path=str(candidate)), info)
             _refresh_statistics(context, stage, soup)
@@ -345,8 +355,7 @@ def _merge(context: Context, stage: Merge, seed: int, folder: Path) -> dict[str,
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             shutil.rmtree(folder / ".candidate", ignore_errors=True)
-            with merging.Parents([Path(str(base.path))], ["base"]) if base is not None else _none() as base_parents:
-                merging.merge(method, parents, base_parents, folder / "model", **_written(stage))
+            merging.merge(method, parents, start, folder / "model", **_written(stage))
     accelerator.wait_for_everyone()
     loaded = task.load(Model(path=str(folder / "model")), info)
     if statistics:
@@ -363,7 +372,8 @@ def _merge(context: Context, stage: Merge, seed: int, folder: Path) -> dict[str,
     total = sum(p.numel() for p in loaded.model.parameters())
     facts["cost"].update(seconds=seconds, total_parameters=total, trained_parameters=0, optimizer_steps=0)
     summary = {**method.summary(), "validation_scores": merge_run.scores, **found.summary(falls_back)}
-    facts.update(found.absent)
+    summary["kinship of the parents"] = kinship.summary()
+    facts.update(found.absent, kinship=kinship.rows())
     facts.update(
         summary=summary,
         lineage={
@@ -399,11 +409,6 @@ def _keep_parent(
 def _revisions(names: list[str], models: list[Model]) -> dict[str, str]:
     """Commits of the parents that came from the Hub, by name."""
     return {name: model.revision for name, model in zip(names, models, strict=True) if model.revision}
-
-
-@contextmanager
-def _none() -> Iterator[None]:
-    yield None
 
 
 def _check_kinship(task: Any, loaded: Loaded, models: list[Model], names: list[str], info: Any) -> None:
