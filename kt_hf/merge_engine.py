@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,7 +42,8 @@ class Fusion:
     """One merge: what goes in, how it is computed and where it goes.
 
     parents: label -> name -> tensor; base: the same of the base, if any. compute: float32 or float64. aliases: names of
-    tensors that are merged under another's name, of which they are copies.
+    tensors that are merged under another's name, of which they are copies. stats: of every parent, what was measured
+    of it by name.
     """
 
     def __init__(
@@ -53,8 +54,9 @@ class Fusion:
         writer: Writer,
         compute: torch.dtype,
         aliases: Mapping[str, str],
+        stats: Sequence[Mapping[str, torch.Tensor]] = (),
     ):
-        self.aliases = aliases
+        self.aliases, self.stats = aliases, stats
         self.method, self.parents, self.base, self.writer, self.compute = method, parents, base, writer, compute
         self.models = [*parents.values(), *([base] if base is not None else [])]
         self._own = threading.local()
@@ -133,7 +135,9 @@ class Fusion:
     def _merged(self, name: str, given: list[torch.Tensor]) -> torch.Tensor:
         count = len(self.parents)
         base = given[count] if self.base is not None else None
-        merged = self.method.tensor(self.aliases.get(name, name), given[:count], base, None)
+        known = self.aliases.get(name, name)
+        stats = [found.get(known) for found in self.stats] or None
+        merged = self.method.tensor(known, given[:count], base, stats)
         if merged.shape != given[0].shape:
             raise RecipeError(
                 f"{_name(self.method)} gives {tuple(merged.shape)} for {name}, which is {tuple(given[0].shape)}",

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -28,6 +28,9 @@ from kt_hf.merge import MergeMethod
 from kt_hf.merge_engine import Fusion, finite
 from kt_hf.progress import Bytes
 from kt_hf.tensor_files import SHARD_BYTES, Spec, Writer, open_model, weight_files
+
+if TYPE_CHECKING:
+    from kt_hf.measuring import Parent
 
 logger = logging.getLogger(__name__)
 
@@ -136,18 +139,37 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 class MergeRun:
-    """What a merge that searches may ask.
+    """What a merge that searches or measures may ask.
 
     score: weights_M -> validation metric of the weighted mean of the parents, and of the base where that has a weight.
-    higher_is_better: of that metric. evaluate: gets one weight per parent, and one more for the base.
+    higher_is_better: of that metric. evaluate: gets one weight per parent, and one more for the base. parent: loads
+    the model of a number, with its data. known: validation scores of parents that were measured before.
     """
 
     def __init__(
-        self, num_parents: int, names: Sequence[str], higher_is_better: bool, evaluate: Callable[[list[float]], float]
+        self,
+        num_parents: int,
+        names: Sequence[str],
+        higher_is_better: bool,
+        evaluate: Callable[[list[float]], float],
+        parent: Callable[[int], Parent] | None = None,
+        known: Mapping[int, float] | None = None,
     ):
         self.num_parents, self.names, self.higher_is_better = num_parents, list(names), higher_is_better
-        self._evaluate = evaluate
+        self._evaluate, self._parent, self.known = evaluate, parent, dict(known or {})
         self.scores: list[dict[str, Any]] = []
+
+    def parent(self, i: int) -> Parent:
+        """A parent's model, loaded anew, with the data that it can be asked on."""
+        if self._parent is None:
+            raise RecipeError("this merge runs its parents on data, which are not there", "write a recipe with data")
+        return self._parent(i)
+
+    def alone(self, i: int) -> float:
+        """The validation score of one parent; not measured again where it is known."""
+        if i not in self.known:
+            self.known[i] = self.score([1.0 if k == i else 0.0 for k in range(self.num_parents)])
+        return self.known[i]
 
     def score(self, weights_M: Sequence[float], base_weight: float = 0.0) -> float:
         weights = [float(w) for w in weights_M] + ([float(base_weight)] if base_weight else [])
@@ -185,12 +207,13 @@ def merge(
     threads: int | None = None,
     sync: bool = True,
     files: Mapping[str, str] | None = None,
+    stats: Sequence[Mapping[str, torch.Tensor]] = (),
 ) -> int:
     """Write the merged model directory: the first parent's files with merged weights. Returns the bytes of those.
 
     out_dtype: of what is a floating point number; default: the first parent's. shard_bytes: of a file at most;
     default: one file where the first parent is one, else `SHARD_BYTES`. threads: default as torch's. sync: outlast a
-    loss of power. files: texts to write beside, by name.
+    loss of power. files: texts to write beside, by name. stats: what the method has measured of every parent.
     """
     first = parents.folders[0]
     if base is not None:
@@ -213,7 +236,7 @@ def merge(
         try:
             labelled = dict(zip(_distinct(parents.labels), parents.models, strict=True))
             base_model = base.models[0] if base is not None else None
-            fusion = Fusion(method, labelled, base_model, writer, compute, _twins(parents.models))
+            fusion = Fusion(method, labelled, base_model, writer, compute, _twins(parents.models), stats)
             fusion.run(threads or torch.get_num_threads(), progress.add, sync)
             writer.finish()
         finally:

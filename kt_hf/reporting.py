@@ -192,6 +192,8 @@ def _validation_uses(context: Context, stage: Stage) -> list[str]:
     if isinstance(stage, (Merge, Ensemble)):
         method = stages.build(stage.verb, stage.method, stage, context.settings)
         uses += ["the choice of weights"] if method.needs_validation else []
+        asked = isinstance(stage, Merge) and method.measures_on == "validation"
+        uses += ["what the parents were asked"] if asked else []
     return uses
 
 

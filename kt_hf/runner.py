@@ -317,6 +317,8 @@ def plan(context: Context, collect: Collector) -> None:
                 _plan_training(context, stage)
             if isinstance(stage, Ensemble):
                 _plan_ensemble(context, stage)
+            if isinstance(stage, Merge):
+                stages.check_data(context, stage)
             if isinstance(stage, Evaluate) and stage.model is not None and stage.model.path is None:
                 raise RecipeError(
                     f"stages.{stage.name}: a fresh model has learned nothing", "give model=DIR_OR_HUB_ID or @stage"

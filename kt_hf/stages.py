@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from kt_hf import checkpoint, elastic, ensembling, evaluation, merging, randomness, registry, search, trainer
+from kt_hf import checkpoint, elastic, ensembling, evaluation, measuring, merging, randomness, registry, search, trainer
 from kt_hf import folder as folders
 from kt_hf import recipe as grammar
 from kt_hf.bundle import Bundle
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from kt_hf.runner import Context
 
 logger = logging.getLogger(__name__)
+
+MEASURED = "measured"
+"""Folder in a merge's stage for what was measured of its parents, until the stage is finished."""
 
 
 def build(kind: str, item: Any, stage: Stage, settings: dict[tuple[str, str], dict[str, Any]]) -> Any:
@@ -67,7 +70,8 @@ def perform(context: Context, stage: Stage, seed: int) -> dict[str, Any]:
     facts.update(stage=stage.name, seed=seed, verb=stage.verb)
     if context.accelerator.is_main_process:
         facts = folders.finish(folder, facts)
-        shutil.rmtree(folder / "trials", ignore_errors=True)
+        for left in ("trials", MEASURED):
+            shutil.rmtree(folder / left, ignore_errors=True)
     context.accelerator.wait_for_everyone()
     return facts
 
@@ -339,18 +343,21 @@ def _merge(context: Context, stage: Merge, seed: int, folder: Path) -> dict[str,
             found = _predict(context, task, soup, soup.model, info, "validation")
             return task.measure(found, soup, info).metrics[task.metric]
 
-        if method.needs_validation and "validation" not in info.splits:
-            raise RecipeError(
-                f"stages.{stage.name}: {grammar.named(stage.method)[0]} selects on validation data, and there are none",
-                "give data with a validation split",
-            )
-        merge_run = merging.MergeRun(len(models), names, task.greater_is_better, score)
+        def parent(i: int) -> measuring.Parent:
+            own, rows = _asked_on(context, stage, i)
+            randomness.seed_all("load", seed)
+            return measuring.Parent(names[i], own.load(models[i], rows), own, rows, accelerator, parents.models[i])
+
+        merge_run = merging.MergeRun(len(models), names, task.greater_is_better, score, parent)
+        stats: list[Any] = []
+        if method.measures_on is not None:
+            stats = measuring.measured(method, folders, folder / MEASURED, merge_run, accelerator)
         method.fit(merge_run)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             shutil.rmtree(folder / ".candidate", ignore_errors=True)
             with merging.Parents([Path(str(base.path))], ["base"]) if base is not None else _none() as base_parents:
-                merging.merge(method, parents, base_parents, folder / "model")
+                merging.merge(method, parents, base_parents, folder / "model", stats=stats)
     accelerator.wait_for_everyone()
     loaded = task.load(Model(path=str(folder / "model")), info)
     if statistics:
@@ -372,6 +379,27 @@ def _merge(context: Context, stage: Merge, seed: int, folder: Path) -> dict[str,
         },
     )
     return facts
+
+
+def _asked_on(context: Context, stage: Merge, i: int) -> tuple[Any, Any]:
+    """Task and data that a parent is asked on: those of the stage it comes from, else the merge's own."""
+    ref = str(stage.models[min(i, len(stage.models) - 1)].path)  # one that is seeded stands for all its seeds
+    source = context.stage(ref[1:]) if ref.startswith("@") else stage
+    return context.task(source), context.info(source)
+
+
+def check_data(context: Context, stage: Merge) -> None:
+    """Refuse a merge that looks at data which are not there."""
+    method, name = build("merge", stage.method, stage, context.settings), grammar.named(stage.method)[0]
+    where, info = f"stages.{stage.name}", context.info(stage)
+    if method.needs_validation and "validation" not in info.splits:
+        raise RecipeError(
+            f"{where}: {name} selects on validation data, and there are none", "give data with a validation split"
+        )
+    if method.needs_validation and method.needs_labels and not info.can_measure("validation"):
+        raise RecipeError(f"{where}: {name} needs labelled validation data", "give the data their labels")
+    asked = [_asked_on(context, stage, i)[1] for i in range(len(stage.models))]
+    measuring.refuse_lacking_data(where, name, method, asked)
 
 
 def _revisions(names: list[str], models: list[Model]) -> dict[str, str]:
