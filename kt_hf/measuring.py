@@ -22,7 +22,7 @@ from torch import nn
 from torch.func import functional_call
 
 from kt_hf import checkpoint, evaluation, randomness, signals, sources
-from kt_hf.errors import IntegrityError, RecipeError
+from kt_hf.errors import IntegrityError, NotMeaningful, RecipeError
 from kt_hf.loader import Plan, Rows, Windows, load_batches, preprocessing_key
 from kt_hf.merge import MergeMethod
 from kt_hf.progress import Progress
@@ -104,6 +104,10 @@ class Parent:
         return batch
 
     # --- the model ---
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
 
     def forward(self, batch: Batch, weights: Mapping[str, torch.Tensor] | None = None) -> Any:
         """The task's outputs; under other weights (and buffers) where they are given, by the model's names."""
@@ -269,16 +273,23 @@ def _write(path: Path, tensors: Tensors) -> None:
         checkpoint.fsync_folder(path.parent)
 
 
-def refuse_lacking_data(where: str, name: str, method: MergeMethod, asked: Sequence[DataInfo]) -> None:
-    """Refuse a merge that asks on rows, or for labels, which the data do not have. asked: those of every parent."""
-    if method.measures_on is None:
-        return
-    split = "training" if method.measures_on == "train" else method.measures_on
-    for info in asked:
-        if method.measures_on not in info.splits:
+def refuse_lacking_data(where: str, name: str, method: MergeMethod, asked: Sequence[tuple[Task, DataInfo]]) -> None:
+    """Refuse a merge that asks on rows, or for a loss, which there are not. asked: task and data of every parent."""
+    split = method.measures_on
+    for task, info in asked if split is not None else ():
+        assert split is not None
+        if split not in info.splits:
+            word = "training" if split == "train" else split
             raise RecipeError(
-                f"{where}: {name} measures its parents on {split} data, and there are none",
-                f"give data with a {split} split",
+                f"{where}: {name} asks its parents on {word} data, and there are none",
+                f"give data with a {word} split",
             )
-        if method.needs_labels and not info.can_measure(method.measures_on):
-            raise RecipeError(f"{where}: {name} needs labelled {split} data", "give the data their labels")
+        if method.needs_loss:
+            refuse_lacking_loss(where, name, task, info, split)
+
+
+def refuse_lacking_loss(where: str, name: str, task: Task, info: DataInfo, split: str) -> None:
+    if not task.has_loss:
+        raise NotMeaningful(f"{where}: {name} takes the task's loss, and {type(task).__name__} has none of its own")
+    if not info.can_measure(split):
+        raise RecipeError(f"{where}: {name} needs labelled {split} data", "give the data their labels")

@@ -26,8 +26,8 @@ class MergeMethod:
     """Whether `fit` chooses on validation data."""
     measures_on: ClassVar[Literal["train", "validation"] | None] = None
     """The split on whose rows `measure` asks every parent; None: there is nothing to ask."""
-    needs_labels: ClassVar[bool] = False
-    """Whether `measure`, or what `fit` does with the parents, takes the labels of those rows."""
+    needs_loss: ClassVar[bool] = False
+    """Whether `measure`, or what `fit` does with the parents, takes the task's loss, and with it the rows' labels."""
     min_parents: ClassVar[int] = 1
     max_parents: ClassVar[int | None] = None
     """None: any number."""

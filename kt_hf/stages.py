@@ -136,10 +136,20 @@ def _train(context: Context, stage: Train, seed: int, folder: Path) -> dict[str,
         learning_rate=tested["learning_rate"] if tested else stage.training.learning_rate,
         range_test=tested,
         best_step=result.best_step,
+        validation=_validation(task, stage.training, result),
     )
     facts["lineage"] = _train_lineage(context, stage, loaded, result.revisions)
     facts["zero_shot"] = zero_shot
     return facts
+
+
+def _validation(task: Any, training: Training, result: trainer.Result) -> float | None:
+    """What the model that was exported scores on validation data, where the training has measured just that: in the
+    precision in which stages measure."""
+    if training.bf16 or training.fp16:
+        return None
+    step = result.best_step if training.load_best_model_at_end else result.cost["optimizer_steps"]
+    return next((found.get(task.metric) for found in result.evaluations if found["step"] == step), None)
 
 
 def _first_seed(context: Context, stage: Train) -> dict[str, Any]:
@@ -348,7 +358,8 @@ def _merge(context: Context, stage: Merge, seed: int, folder: Path) -> dict[str,
             randomness.seed_all("load", seed)
             return measuring.Parent(names[i], own.load(models[i], rows), own, rows, accelerator, parents.models[i])
 
-        merge_run = merging.MergeRun(len(models), names, task.greater_is_better, score, parent)
+        known = _known_scores(context, stage, seed)
+        merge_run = merging.MergeRun(len(models), names, task.greater_is_better, score, parent, known)
         stats: list[Any] = []
         if method.measures_on is not None:
             stats = measuring.measured(method, folders, folder / MEASURED, merge_run, accelerator)
@@ -381,11 +392,35 @@ def _merge(context: Context, stage: Merge, seed: int, folder: Path) -> dict[str,
     return facts
 
 
+def _source(context: Context, stage: Merge, i: int) -> tuple[Stage | None, int]:
+    """The stage that a parent comes from, if it does, and how many seeds that has: one alone stands for all its
+    seeds."""
+    ref = str(stage.models[min(i, len(stage.models) - 1)].path)
+    source = context.stage(ref[1:]) if ref.startswith("@") else None
+    return source, source.seeds if source is not None else 1
+
+
 def _asked_on(context: Context, stage: Merge, i: int) -> tuple[Any, Any]:
     """Task and data that a parent is asked on: those of the stage it comes from, else the merge's own."""
-    ref = str(stage.models[min(i, len(stage.models) - 1)].path)  # one that is seeded stands for all its seeds
-    source = context.stage(ref[1:]) if ref.startswith("@") else stage
+    source = _source(context, stage, i)[0] or stage
     return context.task(source), context.info(source)
+
+
+def _known_scores(context: Context, stage: Merge, seed: int) -> dict[int, float]:
+    """Validation scores of parents that were measured at the end of their training, on the same rows by the same
+    task."""
+    known: dict[int, float] = {}
+    every = grammar.merges_seeds(stage, {s.name: s for s in context.recipe.stages})
+    for i in range(_source(context, stage, 0)[1] if every else len(stage.models)):
+        (source, seeds), ref = _source(context, stage, i), stage.models[0 if every else i]
+        if not isinstance(source, Train) or len(ref.given) > 1 or source.task != stage.task:
+            continue
+        place = folders.stage_folder(context.root, source.name, i if every else seed if seeds > 1 else 0)
+        facts = json.loads((place / "stage.json").read_text())
+        same = facts["data"]["fingerprint"] == context.info(stage).fingerprint
+        if same and facts["primary_metric"] == context.task(stage).metric and facts.get("validation") is not None:
+            known[i] = facts["validation"]
+    return known
 
 
 def check_data(context: Context, stage: Merge) -> None:
@@ -396,9 +431,9 @@ def check_data(context: Context, stage: Merge) -> None:
         raise RecipeError(
             f"{where}: {name} selects on validation data, and there are none", "give data with a validation split"
         )
-    if method.needs_validation and method.needs_labels and not info.can_measure("validation"):
-        raise RecipeError(f"{where}: {name} needs labelled validation data", "give the data their labels")
-    asked = [_asked_on(context, stage, i)[1] for i in range(len(stage.models))]
+    if method.needs_validation and method.needs_loss:
+        measuring.refuse_lacking_loss(where, name, context.task(stage), info, "validation")
+    asked = [_asked_on(context, stage, i) for i in range(len(stage.models))]
     measuring.refuse_lacking_data(where, name, method, asked)
 
 
