@@ -81,6 +81,8 @@ def measure(
     """Measure the parents one after another, and their output ensemble; their predictions are kept in `folder` for the
     report. Nothing is chosen on the evaluation split."""
     task, info = context.task(stage), context.info(stage)
+    if stage.head is not None:
+        names, models = _answering(context, stage, merged, names, models)
     found = Beside(names, task.metric, task.greater_is_better)
     validates = "validation" in info.splits
     if validates:
@@ -111,6 +113,23 @@ def measure(
     found.figures["their output ensemble"] = task.measure(outputs, members.joined, info).metrics[task.metric]
     _keep(context, outputs, folder / f"{ENSEMBLE}.safetensors")
     return found
+
+
+def _answering(
+    context: Context, stage: Merge, merged: Loaded, names: Sequence[str], models: Sequence[Model]
+) -> tuple[list[str], list[Model]]:
+    """Those of the parents whose heads answer what the head that is kept does."""
+    task, info = context.task(stage), context.info(stage)
+    found = []
+    for name, model in zip(names, models, strict=True):
+        try:
+            loaded = task.load(model, info)
+        except RecipeError as error:
+            logger.info("'%s' is not measured beside the merge: %s", name, error.cause)
+            continue
+        if loaded.labels == merged.labels and not loaded.new_parameters:
+            found.append((name, model))
+    return [name for name, _ in found], [model for _, model in found]
 
 
 def _predict(context: Context, stage: Merge, loaded: Loaded, split: str) -> dict[str, np.ndarray]:

@@ -90,7 +90,10 @@ def _merge(cls: Any) -> list[str]:
     base = ["needs their base: the model that they were trained from"] if cls.needs_base else []
     needs = cls.needs_validation
     when = "depends on its settings" if not isinstance(needs, bool) else "yes"
-    return [f"takes {count} of one architecture", *base, *([f"chooses on validation data: {when}"] if needs else [])]
+    asked = {"train": "training", "validation": "validation"}.get(cls.measures_on)
+    asks = [f"runs every parent on {asked} data first"] if asked else []
+    chooses = [f"chooses on validation data: {when}"] if needs else []
+    return [f"takes {count} of one architecture", *base, *asks, *chooses]
 
 
 def _ensemble(cls: Any) -> list[str]:

@@ -6,13 +6,14 @@ Shapes: M parents.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
 from kt_hf.errors import RecipeError
 
 if TYPE_CHECKING:
+    from kt_hf.measuring import Parent
     from kt_hf.merging import MergeRun
 
 
@@ -22,7 +23,11 @@ class MergeMethod:
     api_version: ClassVar[int] = 1
     paper: ClassVar[str] = ""
     needs_validation: ClassVar[bool] = False
-    """Whether `fit` scores candidates on validation data."""
+    """Whether `fit` chooses on validation data."""
+    measures_on: ClassVar[Literal["train", "validation"] | None] = None
+    """The split on whose rows `measure` asks every parent; None: there is nothing to ask."""
+    needs_loss: ClassVar[bool] = False
+    """Whether `measure`, or what `fit` does with the parents, takes the task's loss, and with it the rows' labels."""
     min_parents: ClassVar[int] = 1
     max_parents: ClassVar[int | None] = None
     """None: any number."""
@@ -38,12 +43,26 @@ class MergeMethod:
     def check(self, num_parents: int) -> None:
         """Refuse, by a `RecipeError`, settings that do not fit so many parents. Called before anything is read."""
 
+    def measure(self, parent: Parent, run: MergeRun) -> dict[str, torch.Tensor]:
+        """What a parent must be asked before the tensors are merged: name of a parameter of `parent.model` -> what was
+        found, of any shape. Called where `measures_on` names a split, on all processes, each with its share of the
+        rows (`parent.sample`); it returns the same on all (`parent.sum`). What it found is kept until the stage is
+        finished, so that a merge which was killed does not ask again."""
+        raise NotImplementedError
+
+    def measured_by(self) -> dict[str, Any]:
+        """The settings that `measure` heeds: what was measured under others is not taken."""
+        return {}
+
     def fit(self, run: MergeRun) -> None:
-        """Before the tensors: choose weights. `run.score(weights_M)` is the validation metric of that weighted mean."""
+        """Before the tensors: choose weights. `run.score(weights_M)` is the validation metric of that weighted mean,
+        `run.parent(i)` a parent, loaded, with its data."""
 
     def tensor(self, name: str, tensors_M: list[torch.Tensor], base: torch.Tensor | None, stats: Any) -> torch.Tensor:
         """The merged tensor from the parents' (float32, same shape) and the base's, in their dtype: float64 where the
-        user asked for it. Called from several threads, and in any order of names."""
+        user asked for it. stats: None, or what `measure` found for this name, of every parent; None for a parent of
+        which it found nothing, as for buffers. They are not to be written to, and no pieces: what measures is not
+        `elementwise`. Called from several threads, and in any order of names."""
         raise NotImplementedError
 
     def summary(self) -> dict[str, Any]:

@@ -148,9 +148,10 @@ def _build(name: str, given: dict[str, Any], models: Sequence[str], base: str | 
     from kt_hf.merge import check_parents
 
     method = cls(**valid)
-    if method.needs_validation:
+    split = "validation" if method.needs_validation else method.measures_on
+    if split is not None:
         raise RecipeError(
-            f"{name} needs validation data, which `kt-hf merge` has not",
+            f"{name} needs {'training' if split == 'train' else split} data, which `kt-hf merge` has not",
             f'write a recipe with data and a stage Merge("soup", "{name}", models=[...]), and use `kt-hf run`',
         )
     check_parents(name, method, models, base)

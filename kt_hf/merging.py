@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -29,6 +29,9 @@ from kt_hf.merge import MergeMethod
 from kt_hf.merge_engine import Fusion, Job, finite
 from kt_hf.progress import Bytes
 from kt_hf.tensor_files import SHARD_BYTES, Spec, Writer, open_model, weight_files
+
+if TYPE_CHECKING:
+    from kt_hf.measuring import Parent
 
 logger = logging.getLogger(__name__)
 
@@ -168,18 +171,37 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 class MergeRun:
-    """What a merge that searches may ask.
+    """What a merge that searches or measures may ask.
 
     score: weights_M -> validation metric of the weighted mean of the parents, and of the base where that has a weight.
-    higher_is_better: of that metric. evaluate: gets one weight per parent, and one more for the base.
+    higher_is_better: of that metric. evaluate: gets one weight per parent, and one more for the base. parent: loads
+    the model of a number, with its data. known: validation scores of parents that were measured before.
     """
 
     def __init__(
-        self, num_parents: int, names: Sequence[str], higher_is_better: bool, evaluate: Callable[[list[float]], float]
+        self,
+        num_parents: int,
+        names: Sequence[str],
+        higher_is_better: bool,
+        evaluate: Callable[[list[float]], float],
+        parent: Callable[[int], Parent] | None = None,
+        known: Mapping[int, float] | None = None,
     ):
         self.num_parents, self.names, self.higher_is_better = num_parents, list(names), higher_is_better
-        self._evaluate = evaluate
+        self._evaluate, self._parent, self.known = evaluate, parent, dict(known or {})
         self.scores: list[dict[str, Any]] = []
+
+    def parent(self, i: int) -> Parent:
+        """A parent's model, loaded anew, with the data that it can be asked on."""
+        if self._parent is None:
+            raise RecipeError("this merge runs its parents on data, which are not there", "write a recipe with data")
+        return self._parent(i)
+
+    def alone(self, i: int) -> float:
+        """The validation score of one parent; not measured again where it is known."""
+        if i not in self.known:
+            self.known[i] = self.score([1.0 if k == i else 0.0 for k in range(self.num_parents)])
+        return self.known[i]
 
     def score(self, weights_M: Sequence[float], base_weight: float = 0.0) -> float:
         weights = [float(w) for w in weights_M] + ([float(base_weight)] if base_weight else [])
@@ -217,13 +239,15 @@ def merge(
     *,
     out_dtype: torch.dtype | None = None,
     shard_bytes: int | None = None,
+    stats: Sequence[Mapping[str, torch.Tensor]] = (),
     **options: Any,
 ) -> int:
     """Write the merged model directory: the first parent's files with merged weights. Returns the bytes of those.
 
-    out_dtype, shard_bytes, options: as `write` has them; by default one file where the first parent is one.
+    stats: what the method has measured of every parent. out_dtype, shard_bytes, options: as `write` has them; by
+    default one file where the first parent is one.
     """
-    jobs = plan(method, parents, base)
+    jobs = plan(method, parents, base, stats)
     like = parents.folders[parents.first]
     sources = weight_files(like)
     single = sources[0].name if len(sources) == 1 else "model.safetensors"
@@ -234,7 +258,12 @@ def merge(
     return write(jobs, like, folder, out_dtype=out_dtype, single=single, shard_bytes=shard_bytes, **options)
 
 
-def plan(method: MergeMethod, parents: Parents, base: Parents | None) -> dict[str, Job]:
+def plan(
+    method: MergeMethod,
+    parents: Parents,
+    base: Parents | None,
+    stats: Sequence[Mapping[str, torch.Tensor]] = (),
+) -> dict[str, Job]:
     """What becomes of each tensor where one method merges all of them: a head that is kept stays as it is, and one that
     the base does not have is the parents' mean."""
     start = base_tensors(parents, base) if base is not None else {}
@@ -252,7 +281,8 @@ def plan(method: MergeMethod, parents: Parents, base: Parents | None) -> dict[st
             continue
         sources = tuple(zip(labels, (m[name] for m in parents.models), strict=True))
         own = (base.labels[0], start[name]) if base is not None and name in start else None
-        jobs[name] = Job(twins.get(name, name), sources, mean if method.needs_base and own is None else method, own)
+        known, how = twins.get(name, name), mean if method.needs_base and own is None else method
+        jobs[name] = Job(known, sources, how, own, [found.get(known) for found in stats] or None)
     return jobs
 
 

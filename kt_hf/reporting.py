@@ -199,6 +199,8 @@ def _validation_uses(context: Context, stage: Stage) -> list[str]:
         method = stages.build(stage.verb, stage.method, stage, context.settings)
         uses += ["the choice of weights"] if method.needs_validation else []
         uses += ["the fallback to the best parent"] if isinstance(stage, Merge) and stage.fallback else []
+        asked = isinstance(stage, Merge) and method.measures_on == "validation"
+        uses += ["what the parents were asked"] if asked else []
     return uses
 
 

@@ -321,7 +321,7 @@ def plan(context: Context, collect: Collector) -> None:
             if isinstance(stage, Ensemble):
                 _plan_ensemble(context, stage)
             if isinstance(stage, Merge):
-                _plan_merge(context, stage)
+                stages.check_data(context, stage)
             if isinstance(stage, Evaluate) and stage.model is not None and stage.model.path is None:
                 raise RecipeError(
                     f"stages.{stage.name}: a fresh model has learned nothing", "give model=DIR_OR_HUB_ID or @stage"
@@ -371,18 +371,6 @@ def _plan_ensemble(context: Context, stage: Ensemble) -> None:
         raise RecipeError(
             f"stages.{stage.name}: fitting weights needs validation data and one class per example", "give the weights"
         )
-
-
-def _plan_merge(context: Context, stage: Merge) -> None:
-    if "validation" in context.info(stage).splits:
-        return
-    method, name = stages.build("merge", stage.method, stage, context.settings), grammar.named(stage.method)[0]
-    for asks, what in ((method.needs_validation, f"{name} selects"), (stage.fallback, "fallback=best_parent chooses")):
-        if asks:
-            raise RecipeError(
-                f"stages.{stage.name}: {what} on validation data, and there are none",
-                "give data with a validation split, or hold training rows out: data.validation_size",
-            )
 
 
 def _check_compare(context: Context, stage: Stage) -> None:

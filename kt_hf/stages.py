@@ -24,6 +24,7 @@ from kt_hf import (
     ensembling,
     evaluation,
     heads,
+    measuring,
     merging,
     randomness,
     registry,
@@ -48,6 +49,9 @@ if TYPE_CHECKING:
     from kt_hf.runner import Context
 
 logger = logging.getLogger(__name__)
+
+MEASURED = "measured"
+"""Folder in a merge's stage for what was measured of its parents, until the stage is finished."""
 
 
 def build(kind: str, item: Any, stage: Stage, settings: dict[tuple[str, str], dict[str, Any]]) -> Any:
@@ -80,7 +84,8 @@ def perform(context: Context, stage: Stage, seed: int) -> dict[str, Any]:
     facts.update(stage=stage.name, seed=seed, verb=stage.verb)
     if context.accelerator.is_main_process:
         facts = folders.finish(folder, facts)
-        shutil.rmtree(folder / "trials", ignore_errors=True)
+        for left in ("trials", MEASURED):
+            shutil.rmtree(folder / left, ignore_errors=True)
     context.accelerator.wait_for_everyone()
     return facts
 
@@ -145,10 +150,20 @@ def _train(context: Context, stage: Train, seed: int, folder: Path) -> dict[str,
         learning_rate=tested["learning_rate"] if tested else stage.training.learning_rate,
         range_test=tested,
         best_step=result.best_step,
+        validation=_validation(task, stage.training, result),
     )
     facts["lineage"] = _train_lineage(context, stage, loaded, result.revisions)
     facts["zero_shot"] = zero_shot
     return facts
+
+
+def _validation(task: Any, training: Training, result: trainer.Result) -> float | None:
+    """What the model that was exported scores on validation data, where the training has measured just that: in the
+    precision in which stages measure."""
+    if training.bf16 or training.fp16:
+        return None
+    step = result.best_step if training.load_best_model_at_end else result.cost["optimizer_steps"]
+    return next((found.get(task.metric) for found in result.evaluations if found["step"] == step), None)
 
 
 def _first_seed(context: Context, stage: Train) -> dict[str, Any]:
@@ -350,12 +365,21 @@ def _merge(context: Context, stage: Merge, seed: int, folder: Path) -> dict[str,
             found = _predict(context, task, soup, soup.model, info, "validation")
             return task.measure(found, soup, info).metrics[task.metric]
 
-        merge_run = merging.MergeRun(len(models), names, task.greater_is_better, score)
+        def parent(i: int) -> measuring.Parent:
+            own, rows = _asked_on(context, stage, i)
+            randomness.seed_all("load", seed)
+            return measuring.Parent(names[i], own.load(models[i], rows), own, rows, accelerator, parents.models[i])
+
+        known = _known_scores(context, stage, seed)
+        merge_run = merging.MergeRun(len(models), names, task.greater_is_better, score, parent, known)
+        stats: list[Any] = []
+        if method.measures_on is not None:
+            stats = measuring.measured(method, parent_folders, folder / MEASURED, merge_run, accelerator)
         method.fit(merge_run)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             shutil.rmtree(folder / ".candidate", ignore_errors=True)
-            merging.merge(method, parents, start, folder / "model", **_written(stage))
+            merging.merge(method, parents, start, folder / "model", stats=stats, **_written(stage))
     accelerator.wait_for_everyone()
     loaded = task.load(Model(path=str(folder / "model")), info)
     if statistics:
@@ -366,7 +390,8 @@ def _merge(context: Context, stage: Merge, seed: int, folder: Path) -> dict[str,
     found = beside.measure(context, stage, loaded, names, models, folder)
     falls_back = stage.fallback is not None and found.loses
     if falls_back:
-        _keep_parent(context, stage, parent_folders, names, found.best, folder)
+        kept = names.index(found.names[found.best or 0])
+        _keep_parent(context, stage, parent_folders[kept], folder)
         loaded = task.load(Model(path=str(folder / "model")), info)
     facts = measured(context, stage, loaded, folder, loaded.model)
     total = sum(p.numel() for p in loaded.model.parameters())
@@ -395,15 +420,59 @@ def _written(stage: Merge) -> dict[str, Any]:
     }
 
 
-def _keep_parent(
-    context: Context, stage: Merge, parents: list[Path], names: list[str], best: int | None, folder: Path
-) -> None:
+def _keep_parent(context: Context, stage: Merge, parent: Path, folder: Path) -> None:
     """Write a parent in place of the merge."""
     if context.accelerator.is_main_process:
-        only = merging.WeightedMean([float(i == best) for i in range(len(parents))])
-        with merging.Parents(parents, names) as opened:
-            merging.merge(only, opened, None, folder / "model", **_written(stage))
+        with merging.Parents([parent], [str(parent)]) as opened:
+            merging.merge(merging.WeightedMean([1.0]), opened, None, folder / "model", **_written(stage))
     context.accelerator.wait_for_everyone()
+
+
+def _source(context: Context, stage: Merge, i: int) -> tuple[Stage | None, int]:
+    """The stage that a parent comes from, if it does, and how many seeds that has: one alone stands for all its
+    seeds."""
+    ref = str(stage.models[min(i, len(stage.models) - 1)].path)
+    source = context.stage(ref[1:]) if ref.startswith("@") else None
+    return source, source.seeds if source is not None else 1
+
+
+def _asked_on(context: Context, stage: Merge, i: int) -> tuple[Any, Any]:
+    """Task and data that a parent is asked on: those of the stage it comes from, else the merge's own."""
+    source = _source(context, stage, i)[0] or stage
+    return context.task(source), context.info(source)
+
+
+def _known_scores(context: Context, stage: Merge, seed: int) -> dict[int, float]:
+    """Validation scores of parents that were measured at the end of their training, on the same rows by the same
+    task."""
+    known: dict[int, float] = {}
+    every = grammar.merges_seeds(stage, {s.name: s for s in context.recipe.stages})
+    for i in range(_source(context, stage, 0)[1] if every else len(stage.models)):
+        (source, seeds), ref = _source(context, stage, i), stage.models[0 if every else i]
+        if not isinstance(source, Train) or len(ref.given) > 1 or source.task != stage.task:
+            continue
+        place = folders.stage_folder(context.root, source.name, i if every else seed if seeds > 1 else 0)
+        facts = json.loads((place / "stage.json").read_text())
+        same = facts["data"]["fingerprint"] == context.info(stage).fingerprint
+        if same and facts["primary_metric"] == context.task(stage).metric and facts.get("validation") is not None:
+            known[i] = facts["validation"]
+    return known
+
+
+def check_data(context: Context, stage: Merge) -> None:
+    """Refuse a merge that looks at data which are not there."""
+    method, name = build("merge", stage.method, stage, context.settings), grammar.named(stage.method)[0]
+    where, info = f"stages.{stage.name}", context.info(stage)
+    for asks, what in ((method.needs_validation, f"{name} selects"), (stage.fallback, "fallback=best_parent chooses")):
+        if asks and "validation" not in info.splits:
+            raise RecipeError(
+                f"{where}: {what} on validation data, and there are none",
+                "give data with a validation split, or hold training rows out: data.validation_size",
+            )
+    if method.needs_validation and method.needs_loss:
+        measuring.refuse_lacking_loss(where, name, context.task(stage), info, "validation")
+    asked = [_asked_on(context, stage, i) for i in range(len(stage.models))]
+    measuring.refuse_lacking_data(where, name, method, asked)
 
 
 def _revisions(names: list[str], models: list[Model]) -> dict[str, str]:

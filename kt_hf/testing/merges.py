@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from kt_hf import merging
+from kt_hf import measuring, merging
 from kt_hf.merge import MergeMethod
-from kt_hf.testing.bench import differing
+from kt_hf.testing import asked
+from kt_hf.testing.bench import cpu_accelerator, differing
 from kt_hf.testing.plugin import Case
 from kt_hf.testing.rules import NotApplicable, demand, rule
 from kt_hf.testing.strategies import some
@@ -42,15 +43,30 @@ class MergeCase(Case):
         """Through files and the engine, as a stage does it."""
         folders = [write(s, self.folder / where / f"parent{i}") for i, s in enumerate(parents)]
         names = [f"parent{i}" for i in range(len(parents))]
-        method = self.built()
+        method, into = self.built(), self.folder / where / "merged"
         with merging.Parents(folders, names) as opened:
-            method.fit(merging.MergeRun(len(parents), names, True, lambda w: score([*parents, base or parents[0]], w)))
+            run = self.run(parents, base)
+            stats = self.measured(method, folders, run, self.folder / where)
+            method.fit(run)
             if base is None:
-                merging.merge(method, opened, None, self.folder / where / "merged")
+                merging.merge(method, opened, None, into, stats=stats)
             else:
                 with merging.Parents([write(base, self.folder / where / "base")], ["base"]) as opened_base:
-                    merging.merge(method, opened, opened_base, self.folder / where / "merged")
-        return load_file(self.folder / where / "merged" / "model.safetensors")
+                    merging.merge(method, opened, opened_base, into, stats=stats)
+        return load_file(into / "model.safetensors")
+
+    def run(self, parents: list[State], base: State | None) -> merging.MergeRun:
+        """What a merge may ask: a score of weights, and the parents themselves as models with rows."""
+        names = [f"parent{i}" for i in range(len(parents))]
+        models = [*parents, base or parents[0]]
+        return merging.MergeRun(
+            len(parents), names, True, lambda w: score(models, w), lambda i: asked.parent(names[i], parents[i])
+        )
+
+    def measured(self, method: MergeMethod, folders: list[Path], run: merging.MergeRun, where: Path) -> list[Any]:
+        if method.measures_on is None:
+            return []
+        return measuring.measured(method, folders, where / "measured", run, cpu_accelerator())
 
     @functools.cached_property
     def merged(self) -> State:
@@ -64,10 +80,19 @@ class MergeCase(Case):
 
     def fitted(self) -> MergeMethod:
         method = self.built()
-        names = [f"parent{i}" for i in range(self.count)]
-        models = [*self.parents, self.base]
-        method.fit(merging.MergeRun(self.count, names, True, lambda w: score(models, w)))
+        method.fit(self.run(self.parents, self.base))
         return method
+
+    @functools.cached_property
+    def stats(self) -> list[Any]:
+        """What was measured of the parents."""
+        folders = [write(s, self.folder / "asked" / f"parent{i}") for i, s in enumerate(self.parents)]
+        return self.measured(self.built(), folders, self.run(self.parents, self.base), self.folder / "asked")
+
+    def tensor(self, method: MergeMethod, name: str, parents: list[State], base: State) -> torch.Tensor:
+        """`method.tensor` with what was measured, as the engine calls it."""
+        stats = [found.get(name) for found in self.stats] or None
+        return method.tensor(name, [p[name] for p in parents], base[name], stats)
 
 
 def state(seed: int) -> State:
@@ -138,7 +163,7 @@ def keeps_the_dtype(case: MergeCase) -> None:
     demand(not (bad := [n for n, t in merged.items() if t.dtype != torch.bfloat16]), f"not bfloat16: {some(bad)}")
     method = case.fitted()
     for name in SHAPES:
-        found = method.tensor(name, [p[name] for p in case.parents], case.base[name], None)
+        found = case.tensor(method, name, case.parents, case.base)
         demand(found.dtype == torch.float32, f"`tensor` gave {found.dtype} for float32")
 
 
@@ -146,8 +171,8 @@ def keeps_the_dtype(case: MergeCase) -> None:
 def tensor_by_tensor(case: MergeCase) -> None:
     """A tensor's result depends neither on the order of the names nor on what was merged before, bit for bit."""
     method = case.fitted()
-    found = {n: method.tensor(n, [p[n] for p in case.parents], case.base[n], None) for n in reversed(SHAPES)}
-    again = {n: case.fitted().tensor(n, [p[n] for p in case.parents], case.base[n], None) for n in SHAPES}
+    found = {n: case.tensor(method, n, case.parents, case.base) for n in reversed(SHAPES)}
+    again = {n: case.tensor(case.fitted(), n, case.parents, case.base) for n in SHAPES}
     demand(not (names := differing(found, again)), f"another result in another order of names: {some(names)}")
     demand(not (names := differing(again, case.merged)), f"another result than through the engine: {some(names)}")
 
@@ -157,7 +182,7 @@ def leaves_the_parents(case: MergeCase) -> None:
     """`tensor` does not write into what it is given."""
     method, copies = case.fitted(), [{n: t.clone() for n, t in p.items()} for p in (case.base, *case.parents)]
     for name in SHAPES:
-        method.tensor(name, [p[name] for p in copies[1:]], copies[0][name], None)
+        case.tensor(method, name, copies[1:], copies[0])
     for before, after in zip((case.base, *case.parents), copies, strict=True):
         demand(not (names := differing(before, after)), f"it changed a parent in place: {some(names)}")
 
@@ -170,8 +195,21 @@ def pieces_give_the_whole(case: MergeCase) -> None:
     method = case.fitted()
     for name in SHAPES:
         base_n, parents = case.base[name].flatten(), [p[name].flatten() for p in case.parents]
-        whole = method.tensor(name, [p[name] for p in case.parents], case.base[name], None).flatten()
+        whole = case.tensor(method, name, case.parents, case.base).flatten()
         cuts = [slice(i, i + 5) for i in range(0, base_n.numel(), 5)]
         pieces = [method.tensor(name, [p[cut] for p in parents], base_n[cut], None) for cut in cuts]
         near = torch.allclose(torch.cat(pieces), whole, rtol=CLOSE["rtol"], atol=CLOSE["atol"])
         demand(near, f"pieces of {name} give other values than the whole")
+
+
+@rule("merge", "measures-the-same-again", needs=("builds",))
+def measures_the_same_again(case: MergeCase) -> None:
+    """What it measures of a parent belongs to the parent's tensors, and is the same another time."""
+    method = case.built()
+    if method.measures_on is None:
+        raise NotApplicable("it asks its parents nothing")
+    demand(not method.elementwise, "it says `elementwise = True`: pieces of a tensor come without what was measured")
+    run = case.run(case.parents, case.base)
+    found, again = (asked.parent("a", case.parents[0]).in_files(method.measure(run.parent(0), run)) for _ in range(2))
+    demand(found, "it measures on data, and returns nothing")
+    demand(not (names := differing(found, again)), f"it measured something else the second time: {some(names)}")
