@@ -103,6 +103,11 @@ class StageEvidence:
     def higher(self, metric: str) -> bool:
         return self.higher_is_better if metric == self.metric else metric not in self.lower_metrics
 
+    def measured(self, reference: str) -> list[SeedEvidence]:
+        """The measurements behind a baseline that is no stage; none where there are none."""
+        found = self.baselines.get(reference, ())
+        return [found] if isinstance(found, SeedEvidence) else [] if isinstance(found, str) else list(found)
+
     @property
     def is_fixed(self) -> bool:
         if self.fixed is not None:
@@ -244,7 +249,7 @@ def _stage(
     entry["baselines"] = {
         reference: _baseline_classes(stage, reference, sampler)
         for reference in stage.compare
-        if isinstance(stage.baselines.get(reference), SeedEvidence)
+        if stage.measured(reference)
     }
     entry["sentence"] = _stage_sentence(entry, sampler.level)
     return entry
@@ -371,11 +376,10 @@ def _per_class(
 
 def _baseline_classes(stage: StageEvidence, reference: str, sampler: Sampler) -> dict[str, Any]:
     """Of a built-in baseline, which is no stage of its own: its metrics, confusion and accuracy per class."""
-    measured = stage.baselines[reference]
-    assert isinstance(measured, SeedEvidence)
-    seeds = [measured]
+    seeds = stage.measured(reference)
+    names = seeds[0].metrics
     return {
-        "metrics": dict(measured.metrics),
+        "metrics": {name: float(np.mean([seed.metrics[name] for seed in seeds])) for name in names},
         "confusion": _confusion(seeds, stage.labels),
         "per_class": _per_class(seeds, stage.labels, sampler),
     }
@@ -392,8 +396,7 @@ def _baseline(
         if isinstance(given, str):
             notes.setdefault(f"No comparison with {reference}, because {given}", []).append(stage.name)
             return None
-        fixed = isinstance(given, SeedEvidence)
-        seeds = [given] if isinstance(given, SeedEvidence) else list(given)
+        seeds, fixed = stage.measured(reference), isinstance(given, SeedEvidence)
         _check_rows(stage, reference, seeds[0])
         return Baseline(reference, BUILT_IN.get(reference, reference), seeds, fixed, stage.labels)
     if reference[1:] not in by_name:

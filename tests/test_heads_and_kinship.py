@@ -218,29 +218,20 @@ def test_precision_and_shards_of_a_stage(merged):
 def test_a_stage_keeps_the_head_of_one(tmp_path):
     """Parents of other labels have nothing to answer here; the base has no head that fits."""
     other = Data(shapes(tmp_path / "other", {}), labels=["dark", "bright"])
-    names = tmp_path / "renamed"
-    shapes(names, {})
-    for path in names.glob("*.parquet"):
+    renamed = Data(shapes(tmp_path / "renamed", {}))
+    for path in (tmp_path / "renamed").glob("*.parquet"):
         rows = datasets.Dataset.from_parquet(str(path))
         features = rows.features | {"label": datasets.ClassLabel(names=["night", "day"])}
         rows.cast(datasets.Features(features)).to_parquet(str(path))
     stages = [
-        Train("base", data=other, model=Model(config="vit", config_overrides=VIT), training={**FAST, "max_steps": 2}),
-        Train("dark", data=other, model=Model("@base"), training={**FAST, "max_steps": 20}),
-        Train(
-            "night", data=Data(str(names)), model=Model("@base", replace_head=True), training={**FAST, "max_steps": 20}
-        ),
-        Merge("m", "task_arithmetic", models=["@dark", "@night"], base="@base", head="@night", data=Data(str(names))),
-        Merge(
-            "kept",
-            "uniform_soup",
-            models=["@dark", "@night"],
-            head="night",
-            data=Data(str(names)),
-            fallback="best_parent",
-        ),
+        Train("base", data=other, model=Model(config="vit", config_overrides=VIT)),
+        Train("dark", data=other, model=Model("@base")),
+        Train("night", data=renamed, model=Model("@base", replace_head=True)),
+        Merge("m", "task_arithmetic", models=["@dark", "@night"], base="@base", head="@night", data=renamed),
+        Merge("k", "uniform_soup", models=["@dark", "@night"], head="night", data=renamed, fallback="best_parent"),
     ]
-    report = {s["name"]: s for s in run(Recipe(stages), tmp_path / "out")["stages"]}
+    recipe = Recipe(stages, training={**FAST, "max_steps": 20})
+    report = {s["name"]: s for s in run(recipe, tmp_path / "out")["stages"]}
     head, kept = (load_file(str(tmp_path / "out" / n / "model" / "model.safetensors")) for n in ("night", "m"))
     assert torch.equal(head["classifier.weight"], kept["classifier.weight"])
     assert not torch.equal(head["vit.layernorm.weight"], kept["vit.layernorm.weight"])
