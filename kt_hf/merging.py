@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from kt_hf import checkpoint, heads, kinship
+from kt_hf import checkpoint, configurations, heads, kinship
 from kt_hf.errors import IntegrityError, RecipeError
 from kt_hf.functional.averaging import weighted_mean
 from kt_hf.kinship import Kinship
@@ -65,11 +65,20 @@ class Parents:
         for i, (label, model) in enumerate(zip(self.labels, self.models, strict=True)):
             if i != self.first:
                 refuse_differences(self.labels[self.first], shared, label, model)
+                self._compare_settings(i)
 
     @property
     def shared(self) -> Tensors:
         """What all parents have, as the parent has it of which the result's files are."""
         return {n: t for n, t in self.models[self.first].items() if n not in self.kept}
+
+    def _compare_settings(self, i: int) -> None:
+        names = [self.labels[self.first], self.labels[i]]
+        mine, theirs = config(self.folders[self.first]), config(self.folders[i])
+        if differ := configurations.compare(mine, theirs, names):
+            more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
+            said = "; ".join(differ[:5]) + more
+            logger.warning("'%s' has the result's settings, and those of '%s' differ: %s", *names, said)
 
     def _keep_head(self) -> None:
         """Leave the other parents their backbones alone, under the names that those have beside the head that stays."""

@@ -98,6 +98,18 @@ def test_backbones_of_other_shapes_are_refused_with_a_head(bert, tmp_path):
     assert not (tmp_path / "o").exists()
 
 
+def test_settings_that_decide_are_refused_and_others_told(bert, tmp_path, caplog):
+    for name, change in (("heads", {"num_attention_heads": 4}), ("eps", {"layer_norm_eps": 1e-6})):
+        settings = json.loads((bert / "mood" / "config.json").read_text()) | change
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(settings))
+        (tmp_path / name / "model.safetensors").write_bytes((bert / "mood" / "model.safetensors").read_bytes())
+    with pytest.raises(RecipeError, match="num_attention_heads is 2 and 4"):
+        merge_command.merge("uniform_soup", [str(bert / "mood"), str(tmp_path / "heads")], tmp_path / "out")
+    merge_command.merge("uniform_soup", [str(bert / "mood"), str(tmp_path / "eps")], tmp_path / "out")
+    assert "layer_norm_eps: 1e-12 and 1e-06" in caplog.text
+
+
 def test_strangers_are_told_and_kin_are_not(bert, tmp_path, caplog):
     merge_command.merge("uniform_soup", [str(bert / "base"), str(bert / "stranger")], tmp_path / "out")
     assert "do not seem to come from one model" in caplog.text and "stranger' (cosine" in caplog.text
