@@ -275,6 +275,19 @@ def test_what_belongs_to_no_tensor_is_an_error(texts):
         other.in_files({"classifier.weight": torch.ones(1)})
 
 
+def test_what_files_hold_in_another_form_gets_the_plain_mean(tmp_path, caplog):
+    """Experts of a mixture lie one by one in the files, and joined in the model."""
+    bench = Bench("text-generation", tmp_path)
+    sizes = {"num_local_experts": 2, "num_key_value_heads": 2, "hidden_size": 16, "intermediate_size": 24}
+    layers = {"num_hidden_layers": 1, "num_attention_heads": 2}
+    loaded = bench.task.load(Model(config="mixtral", config_overrides={**sizes, **layers}), bench.info)
+    bench.task.save(loaded, tmp_path / "mixture")
+    parent = parent_of(bench, tmp_path / "mixture")
+    found = parent.in_files(Fisher(examples=2).measure(parent, NO_RUN))
+    assert "hold 2 weights in another form" in caplog.text and "experts.gate_up_proj" in caplog.text
+    assert found.keys() == {name for name in parent.tensors if ".experts." not in name}
+
+
 # --- learned soup, greedy soup ---------------------------------------------------------------------------------------
 
 
