@@ -62,14 +62,16 @@ class Parent:
         self.accelerator, self.tensors = accelerator, tensors
         self.model: nn.Module = loaded.model.to(accelerator.device).eval()
         self._forward = _Forward(self.model, task)
+        self._rows: dict[str, Rows] = {}
 
     # --- rows ---
 
-    @functools.cache  # noqa: B019  as long as the parent
     def rows(self, split: str) -> Rows:
         """The rows of a split, as in training, but for augmentation."""
-        with self.accelerator.main_process_first():  # the others find what it has preprocessed
-            return Rows(self.info, split, self.task, self.loaded, train=True)
+        if split not in self._rows:
+            with self.accelerator.main_process_first():  # the others find what it has preprocessed
+                self._rows[split] = Rows(self.info, split, self.task, self.loaded, train=True)
+        return self._rows[split]
 
     def sample(self, split: str, count: int, size: int = 1) -> Iterator[Batch]:
         """This process' share of `count` rows of a split, or of all if there are fewer, in batches of `size`: always
@@ -228,7 +230,8 @@ def measured(
             if accelerator.is_main_process:
                 _write(path, tensors)
         else:
-            logger.info("what was measured of '%s' before is taken", parent.label)
+            logger.info("what was measured of '%s' before is taken", run.names[i])
+        del parent  # before the next one is loaded
         if accelerator.is_main_process:
             found.append(opened(path))
     if accelerator.is_main_process:

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch.nn import functional as F
 
 from kt_hf import MergeMethod
-from kt_hf.errors import NotMeaningful
+from kt_hf.errors import RecipeError
 from kt_hf.functional.measured import add_squares_, fisher_mean
 from kt_hf.merge import check_weights
 from kt_hf.randomness import number
@@ -77,7 +77,7 @@ class Fisher(MergeMethod):
         if self.labels == "model":
             try:
                 scores_NC, weight_N = parent.task.scores(outputs, batch)
-            except NotMeaningful:
+            except RecipeError:  # no scores over classes
                 pass
             else:
                 draw = torch.Generator().manual_seed(number("fisher", batch["index"].tolist()))

@@ -46,6 +46,7 @@ class LearnedSoup(MergeMethod):
     def fit(self, run: Any) -> None:
         parent = run.parent(0)
         own = _groups(parent) if self.by == "layer" else {}
+        learnt = {name for name, _ in parent.model.named_parameters()}
         states = [_state(parent)]
         for i in range(1, run.num_parents):
             states.append(_state(run.parent(i)))
@@ -55,7 +56,7 @@ class LearnedSoup(MergeMethod):
         with closing(Progress("learning the soup", self.steps, 0, parent.accelerator.is_main_process)) as progress:
             for batch, rows in parent.steps("validation", self.steps, self.batch_size):
                 shares_GM = logits_GM.softmax(-1)
-                mixed = {name: _mixed(states, name, shares_GM[own.get(name, -1)]) for name in states[0]}
+                mixed = _mixed(states, shares_GM, own, learnt)
                 loss = _mean_loss(parent, parent.forward(batch, mixed), batch, rows)
                 (gradient,) = torch.autograd.grad(loss, [logits_GM])
                 gradient, shown = parent.sum([gradient, loss.detach()])
@@ -84,18 +85,23 @@ def _groups(parent: Any) -> dict[str, int]:
 
 
 def _state(parent: Any) -> dict[str, torch.Tensor]:
-    """Parameters, each once, and buffers: batch statistics are mixed, too."""
+    """Parameters, each once, and buffers: batch statistics are mixed, too, though nothing is learnt through them."""
     tensors = [*parent.model.named_parameters(), *parent.model.named_buffers()]
     return {name: tensor.detach() for name, tensor in tensors}
 
 
-def _mixed(states: list[dict[str, torch.Tensor]], name: str, shares_M: torch.Tensor) -> torch.Tensor:
-    tensors = [state[name] for state in states]
-    if not tensors[0].is_floating_point():
-        return tensors[0]
-    mixed = tensors[0] * shares_M[0]
-    for tensor, share in zip(tensors[1:], shares_M[1:], strict=True):
-        mixed = mixed + tensor * share
+def _mixed(
+    states: list[dict[str, torch.Tensor]], shares_GM: torch.Tensor, groups: dict[str, int], learnt: set[str]
+) -> dict[str, torch.Tensor]:
+    """The mean with these coefficients, by name; without a gradient but for what is learnt through."""
+    mixed = {}
+    for name, first in states[0].items():
+        shares_M = shares_GM[groups.get(name, -1)]
+        shares_M = shares_M if name in learnt else shares_M.detach()
+        mean = first * shares_M[0] if first.is_floating_point() else first
+        for state, share in zip(states[1:], shares_M[1:] if first.is_floating_point() else (), strict=False):
+            mean = mean + state[name] * share
+        mixed[name] = mean
     return mixed
 
 

@@ -138,7 +138,7 @@ def copies_give_the_model(case: MergeCase) -> None:
 @rule("merge", "order-does-not-matter", needs=("merges-finitely",))
 def order_does_not_matter(case: MergeCase) -> None:
     """Parents in another order give the same model, unless the class says `order_matters = True`."""
-    if getattr(case.cls, "order_matters", False):
+    if case.built().order_matters:
         raise NotApplicable("it says that the order matters")
     if case.count == 1:
         raise NotApplicable("it takes one parent")
