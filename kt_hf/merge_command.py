@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,33 +39,68 @@ def merge(
     compute: str = "float32",
     max_shard_size: str | int | None = None,
     threads: int | None = None,
+    fold: bool = False,
+    **adapter: Any,
 ) -> str:
-    """Merge models into a new folder; returns a line on what was done.
+    """Merge models into a new folder; returns a line on what was done. Adapters alone give an adapter; among models, or
+    with `fold`, each is folded into its base first.
 
     method, given: a registered merge and its settings. models, base: folders or Hub ids. dtype: of the result; default:
     the first parent's. compute: float32 or float64. max_shard_size: such as `5GB`. threads: default as torch's.
+    adapter: what an adapter is to be, as `kt_hf.adapter_merge.How` has it.
 
     Raises:
         RecipeError: mistakes in what was asked for, parents that do not fit each other, an output that exists.
         IntegrityError: files that are missing or torn, weights that are not finite.
     """
-    import torch
-
-    from kt_hf import merging
+    from kt_hf.adapters import is_adapter
+    from kt_hf.folding import folded
 
     output = Path(output)
     _check_words(dtype, compute, threads)
     shard_bytes = read_size(max_shard_size) if max_shard_size is not None else None
-    built = _build(method, given or {}, models, base)
+    built = _build(method, given or {}, models, base or "what the adapters adapt")
     if output.exists() or output.is_symlink():
         raise RecipeError(f"the output '{output}' exists", "name a folder that does not, or remove it")
     parents = [_find(name) for name in models]
+    began = time.perf_counter()
+    how: dict[str, Any] = {"dtype": dtype, "compute": compute, "threads": threads}
+    if not fold and all(is_adapter(p.folder) for p in parents):
+        said = _merge_adapters(built, method, parents, output, base=base, given=given or {}, adapter=adapter, **how)
+    else:
+        if words := [f"--{word.replace('_', '-')}" for word in adapter]:
+            raise RecipeError(f"{', '.join(words)}: of adapters alone", "leave it out, or merge adapters into one")
+        _build(method, given or {}, models, base)
+        with folded([(p.name, p.folder) for p in parents], base, output) as folders:
+            parents = [replace(p, folder=folder) for p, folder in zip(parents, folders, strict=True)]
+            said = _merge_models(
+                built, method, parents, output, base=base, given=given or {}, shard_bytes=shard_bytes, **how
+            )
+    return f"merged {len(parents)} {said} in {time.perf_counter() - began:.1f} s"
+
+
+def _merge_models(
+    built: Any,
+    method: str,
+    parents: Sequence[Origin],
+    output: Path,
+    *,
+    base: str | None,
+    given: dict[str, Any],
+    dtype: str | None,
+    compute: str,
+    shard_bytes: int | None,
+    threads: int | None,
+) -> str:
+    import torch
+
+    from kt_hf import merging
+
     found_base = _find(base) if base is not None else None
     _refuse_other_meanings([*parents, *([found_base] if found_base else [])], len(parents))
     names = [p.name for p in parents]
     with merging.Parents([p.folder for p in parents], names) as opened:
         built.fit(merging.MergeRun(len(parents), names, True, _without_data))
-        began = time.perf_counter()
         opened_base = merging.Parents([found_base.folder], [found_base.name]) if found_base else None
         size = merging.merge(
             built,
@@ -76,10 +111,68 @@ def merge(
             compute=getattr(torch, compute),
             shard_bytes=shard_bytes,
             threads=threads,
-            files={"README.md": _card(output.name, method, given or {}, parents, found_base)},
+            files={"README.md": _card(output.name, method, given, parents, found_base)},
         )
-    seconds = time.perf_counter() - began
-    return f"merged {len(parents)} models by {method} into {output}: {size / 1e9:.3g} GB in {seconds:.1f} s"
+    return f"models by {method} into {output}: {size / 1e9:.3g} GB"
+
+
+def _merge_adapters(
+    built: Any,
+    method: str,
+    parents: Sequence[Origin],
+    output: Path,
+    *,
+    base: str | None,
+    given: dict[str, Any],
+    adapter: dict[str, Any],
+    dtype: str | None,
+    compute: str,
+    threads: int | None,
+) -> str:
+    import torch
+
+    from kt_hf import merging
+    from kt_hf.adapter_merge import How, merge_adapters
+    from kt_hf.adapters import open_adapter
+
+    names = [p.name for p in parents]
+    built.fit(merging.MergeRun(len(parents), names, True, _without_data))
+    text = merge_adapters(
+        built,
+        method,
+        [open_adapter(p.folder, p.name) for p in parents],
+        output,
+        how=How(**adapter),
+        base=base,
+        dtype=getattr(torch, dtype) if dtype else None,
+        compute=getattr(torch, compute),
+        threads=threads,
+        files={"README.md": _card(output.name, method, {**given, **adapter}, parents, None, "peft")},
+    )
+    return f"adapters by {method} into {output}: {text}"
+
+
+def extract_lora(
+    model: str,
+    base: str,
+    output: str | Path,
+    *,
+    dtype: str | None = None,
+    threads: int | None = None,
+    **how: Any,
+) -> str:
+    """Make an adapter out of a full fine-tuning of `base`; returns a line on what was done. how: as
+    `kt_hf.extraction.extract` has it."""
+    import torch
+
+    from kt_hf.extraction import extract
+
+    _check_words(dtype, "float32", threads)
+    began = time.perf_counter()
+    found, found_base = _find(model), _find(base)
+    kind = getattr(torch, dtype) if dtype else None
+    text = extract(found.folder, found_base.folder, base, Path(output), dtype=kind, threads=threads, **how)
+    return f"extracted {text}, into {output} in {time.perf_counter() - began:.1f} s"
 
 
 def separate(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
@@ -187,7 +280,14 @@ def _words(folder: Path) -> dict[str, Any]:
         raise IntegrityError(f"{path} cannot be read ({type(error).__name__})", "fetch this model again") from error
 
 
-def _card(title: str, method: str, given: dict[str, Any], parents: Sequence[Origin], base: Origin | None) -> str:
+def _card(
+    title: str,
+    method: str,
+    given: dict[str, Any],
+    parents: Sequence[Origin],
+    base: Origin | None,
+    library: str | None = None,
+) -> str:
     from kt_hf.loading import recorded
     from kt_hf.merging import config
     from kt_hf.model_card import model_card
@@ -195,10 +295,10 @@ def _card(title: str, method: str, given: dict[str, Any], parents: Sequence[Orig
     return model_card(
         title,
         task=recorded(parents[0].folder).get("task"),
-        sentence=f"A merge of {len(parents)} models by {method}, not measured.",
+        sentence=f"A merge of {len(parents)} {'adapters' if library else 'models'} by {method}, not measured.",
         base_model_relation="merge",
         parents=[(p.name, p.revision) for p in parents],
         settings={method: given, **({"base": base.name} if base else {})},
-        library_name="transformers" if config(parents[0].folder) else "open_clip",
+        library_name=library or ("transformers" if config(parents[0].folder) else "open_clip"),
         tags=["merge"],
     )

@@ -75,7 +75,7 @@ class Fusion:
         left = [0] * len(self.writer.files)
         for name, spec in self.writer.specs.items():
             left[self.writer.place[name][0]] += spec.bytes
-        with _one_thread_each(threads) as workers, ThreadPoolExecutor(1) as syncer:
+        with one_thread_each(threads) as workers, ThreadPoolExecutor(1) as syncer:
             running: dict[Future[None], Unit] = {workers.submit(self.do, unit): unit for unit in self.units()}
             syncing = [syncer.submit(self.writer.sync, i) for i, size in enumerate(left) if sync and not size]
             try:
@@ -199,7 +199,7 @@ class _Memory:
 
 
 @contextmanager
-def _one_thread_each(threads: int) -> Iterator[ThreadPoolExecutor]:
+def one_thread_each(threads: int) -> Iterator[ThreadPoolExecutor]:
     """Workers inside which torch uses one thread: sums do not depend on how many there are."""
     before = torch.get_num_threads()
     try:

@@ -206,8 +206,8 @@ def merge(
     ]
     if single == "open_clip_model.safetensors":
         shard_bytes = None  # its readers know no shards
-    with checkpoint.disk(folder), _staged(folder) as staged:
-        _copy_files(first, staged, out_dtype)
+    with checkpoint.disk(folder), written_aside(folder) as staged:
+        copy_files(first, staged, out_dtype)
         writer = Writer(staged, specs, single, shard_bytes)
         progress = Bytes(f"merging into {folder.name}", writer.total)
         try:
@@ -230,7 +230,7 @@ def _distinct(labels: Sequence[str]) -> list[str]:
 
 
 @contextmanager
-def _staged(folder: Path) -> Iterator[Path]:
+def written_aside(folder: Path) -> Iterator[Path]:
     """A folder beside that becomes `folder` if all goes well, in place of what is there. What a killed process left is
     removed by the next; two at once are kept apart by a lock of the kernel."""
     staged = folder.with_name(f".{folder.name}.partial")
@@ -258,7 +258,7 @@ def _staged(folder: Path) -> Iterator[Path]:
         os.close(handle)
 
 
-def _copy_files(first: Path, folder: Path, out_dtype: torch.dtype | None) -> None:
+def copy_files(first: Path, folder: Path, out_dtype: torch.dtype | None) -> None:
     """Configuration, tokenizer and what else a parent's folder holds, but no weights, no index of them, and no card."""
     for path in first.iterdir():
         weights = path.suffix in _OTHER_WEIGHTS or path.name.endswith(".index.json")

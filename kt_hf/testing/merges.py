@@ -175,3 +175,20 @@ def pieces_give_the_whole(case: MergeCase) -> None:
         pieces = [method.tensor(name, [p[cut] for p in parents], base_n[cut], None) for cut in cuts]
         near = torch.allclose(torch.cat(pieces), whole, rtol=CLOSE["rtol"], atol=CLOSE["atol"])
         demand(near, f"pieces of {name} give other values than the whole")
+
+
+@rule("merge", "linear-is-a-weighted-sum", needs=("merges-finitely",))
+def linear_is_a_weighted_sum(case: MergeCase) -> None:
+    """What says `linear = True` gives the sum of its inputs, weighted as it weighs unit vectors."""
+    if not case.cls.linear:  # type: ignore[attr-defined]
+        raise NotApplicable("it does not say so")
+    method = case.fitted()
+    for name in SHAPES:
+        given = [p[name] for p in case.parents] + ([case.base[name]] if case.cls.needs_base else [])  # type: ignore[attr-defined]
+        units = list(torch.eye(len(given)))
+        base_unit = units[case.count] if len(units) > case.count else None
+        weights = method.tensor(name, units[: case.count], base_unit, None)
+        wanted = sum(w * t for w, t in zip(weights.tolist(), given, strict=True))
+        found = method.tensor(name, given[: case.count], given[case.count] if base_unit is not None else None, None)
+        near = torch.allclose(found, torch.as_tensor(wanted), rtol=CLOSE["rtol"], atol=1e-5)
+        demand(near, f"{name} is no sum with the weights that unit vectors get")

@@ -1,0 +1,242 @@
+"""An adapter folded into its base: a full model, written by the merge engine tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kt_hf import loading, merging
+from kt_hf.adapters import Adapter, Pair, is_adapter, open_adapter
+from kt_hf.errors import KtError, RecipeError
+from kt_hf.merge import MergeMethod
+from kt_hf.merging import Tensors
+from kt_hf.recipe import Model
+from kt_hf.task import FACTS
+
+_CLASSES = {
+    "SEQ_CLS": "SEQUENCE_CLASSIFICATION",
+    "TOKEN_CLS": "TOKEN_CLASSIFICATION",
+    "CAUSAL_LM": "CAUSAL_LM",
+    "SEQ_2_SEQ_LM": "SEQ_TO_SEQ_CAUSAL_LM",
+    "QUESTION_ANS": "QUESTION_ANSWERING",
+}
+"""peft's word for a task -> transformers' for its model classes."""
+_WORDS = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "spiece", "sentencepiece", "chat_template")
+_BESIDE = (*_WORDS, "preprocessor_config", "processor_config", FACTS)
+"""Beginnings of files that stand beside a model or an adapter, and go along."""
+
+
+@contextmanager
+def folded(folders: Sequence[tuple[str, Path]], base: str | None, beside: Path) -> Iterator[list[Path]]:
+    """Folders of full models: of those (label, folder) that are adapters, each folded into its base. These are written
+    beside `beside`, and removed on leaving.
+
+    base: where the base is, if not where the adapter says.
+    """
+    if not any(is_adapter(folder) for _, folder in folders):
+        yield [folder for _, folder in folders]
+        return
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{beside.name}.folded-", dir=beside.parent) as room:
+        found = []
+        for i, (label, folder) in enumerate(folders):
+            if is_adapter(folder):
+                adapter = open_adapter(folder, label)
+                folder = Path(room) / str(i)
+                fold(adapter, base_of(adapter, base), folder)
+            found.append(folder)
+        yield found
+
+
+def base_of(adapter: Adapter, other: str | None = None) -> Path:
+    """The folder of an adapter's base: as its configuration says, else `other`. Raises `KtError`."""
+    names = [n for n in (adapter.base, other) if n]
+    if not names:
+        raise RecipeError(
+            f"adapter '{adapter.label}' does not say what it adapts", "name its base: --base DIR_OR_HUB_ID"
+        )
+    for name in names:
+        if Path(name).is_dir():
+            return Path(name)
+    failed: KtError | None = None
+    for name in names:
+        try:
+            return Path(str(loading.local(Model(path=name, revision=adapter.config.get("revision") or None)).path))
+        except KtError as error:
+            failed = failed or error
+    assert failed is not None
+    raise RecipeError(
+        f"the base of adapter '{adapter.label}' was not found ({failed.cause})", "say where it is: --base DIR_OR_HUB_ID"
+    ) from failed
+
+
+def fold(adapter: Adapter, base: Path, output: Path) -> None:
+    """Write the full model: W + scaling * B A, the biases and what the adapter holds in full, in the base's dtype.
+
+    Weights that were tied, and of which the adapter changes one, are written apart, and the configuration says so.
+    """
+    with merging.Parents([base], [str(base)]) as parents:
+        model = parents.models[0] = aligned(parents.models[0], [f"{m}.weight" for m in adapter.pairs])
+        dtype = next((t.dtype for t in model.values() if t.is_floating_point()), torch.float32)
+        settings = merging.config(base)
+        untied = _part_ways(model, adapter, settings, base)
+        for name, tensor in {**adapter.bases, **adapter.full}.items():
+            model[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        pairs = {f"{module}.weight": pair for module, pair in adapter.pairs.items()}
+        biases = {f"{m}.bias": p.bias * p.scaling for m, p in adapter.pairs.items() if p.bias is not None}
+        method = Folding(pairs, biases, bool(adapter.config.get("fan_in_fan_out")))
+        method.check_model(model, adapter.label)
+        merging.merge(method, parents, None, output, sync=False)
+    _finish(adapter, settings, untied, output)
+
+
+class Folding(MergeMethod):
+    """The base's tensors with what the adapter adds to them."""
+
+    def __init__(self, pairs: dict[str, Pair], biases: Tensors, fan_in_fan_out: bool):
+        self.pairs, self.biases, self.fan_in_fan_out = pairs, biases, fan_in_fan_out
+
+    def check_model(self, model: Tensors, label: str) -> None:
+        for name, pair in self.pairs.items():
+            if name not in model:
+                raise RecipeError(
+                    f"adapter '{label}' adapts {name}, which its base has not",
+                    "name the base that it was trained on: --base; or merge by peft's `merge_and_unload`",
+                )
+            if tuple(model[name].shape) not in self._shapes(pair):
+                raise RecipeError(
+                    f"{name} is {list(model[name].shape)} in its base, and adapter '{label}' has {list(pair.shape)}",
+                    "name the base that it was trained on: --base",
+                )
+            if pair.magnitude is not None and len(pair.shape) != 2:
+                raise RecipeError(f"adapter '{label}': {name} is a convolution with DoRA", "merge it by peft")
+        if odd := sorted(self.biases.keys() - model.keys()):
+            raise RecipeError(f"adapter '{label}' adds to {odd[0]}, which its base has not", "merge it by peft")
+
+    def tensor(self, name: str, tensors_M: list[torch.Tensor], base: torch.Tensor | None, stats: Any) -> torch.Tensor:
+        weight = tensors_M[0]
+        if name in self.biases:
+            return weight + self.biases[name]
+        pair = self.pairs.get(name)
+        if pair is None:
+            return weight
+        delta = pair.delta(weight.dtype)
+        turned = tuple(weight.shape) != tuple(delta.shape) or (self.fan_in_fan_out and self._is_matrix(pair))
+        found = weight + (delta.T if turned else delta)
+        if pair.magnitude is None:
+            return found
+        # Liu et al. 2024, DoRA, equation (5): m (W + s B A) / |W + s B A| by outputs (arXiv:2402.09353)
+        inputs = 0 if turned else 1
+        ratios = pair.magnitude.to(found.dtype).reshape(-1) / torch.linalg.vector_norm(found, dim=inputs)
+        return found * ratios.unsqueeze(inputs)
+
+    def _is_matrix(self, pair: Pair) -> bool:
+        return len(pair.shape) == 2 and not pair.embedding
+
+    def _shapes(self, pair: Pair) -> list[tuple[int, ...]]:
+        """That a weight may have: of GPT-2's layers the inputs come first."""
+        if len(pair.shape) != 2:
+            return [pair.shape]
+        return [pair.shape[::-1]] if pair.embedding else [pair.shape, pair.shape[::-1]]
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+def aligned(model: Tensors, wanted: Iterable[str]) -> Tensors:
+    """A checkpoint's tensors by the names that they have in the model that was adapted: a backbone's checkpoint may
+    lack the first part of a name (`bert.`), or have it in addition."""
+    names = list(wanted)
+    if any(name in model for name in names):
+        return model
+    for name in names:
+        first, _, rest = name.partition(".")
+        if rest in model:
+            return {f"{first}.{n}": t for n, t in model.items()}
+        longer = next((n for n in model if n.endswith(f".{name}")), None)
+        if longer is not None:
+            front = longer.removesuffix(name)
+            return {n.removeprefix(front): t for n, t in model.items() if n.startswith(front)}
+    return model
+
+
+def _part_ways(model: Tensors, adapter: Adapter, settings: dict[str, Any], base: Path) -> bool:
+    """Write tied weights apart where the adapter changes one of them; True if it does."""
+    changed = {f"{module}.weight" for module in adapter.pairs} | adapter.full.keys()
+    words = max((t.shape[0] for t in model.values() if t.dim() == 2), default=0)
+    if not any(n not in model or (model[n].dim() == 2 and model[n].shape[0] >= words) for n in changed):
+        return False  # nothing that models tie: spares building one
+    name = _class_of(adapter, settings)
+    ties = loading.ties(loading.without_weights(base, name)) if name else {}
+    affected = {t: s for t, s in ties.items() if s in model and (t in changed or s in changed)}
+    for name in [t for t, s in affected.items() if _equal(adapter.full.get(t), adapter.full.get(s))]:
+        del adapter.full[name], affected[name]  # tied in the adapter, too
+    for target, source in affected.items():
+        model.setdefault(target, model[source])
+    return bool(affected)
+
+
+def _equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    return a is not None and b is not None and a.shape == b.shape and torch.equal(a, b)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def _class_of(adapter: Adapter, settings: dict[str, Any]) -> str | None:
+    """The model class that was adapted: as peft noted it, as its task has it, else as the base says."""
+    noted = (adapter.config.get("auto_mapping") or {}).get("base_model_class")
+    if noted:
+        return str(noted)
+    word = _CLASSES.get(adapter.config.get("task_type") or "")
+    if word:
+        from transformers.models.auto import modeling_auto
+
+        found = getattr(modeling_auto, f"MODEL_FOR_{word}_MAPPING_NAMES").get(settings.get("model_type"))
+        if found:
+            return str(found)
+    return (settings.get("architectures") or [None])[0]
+
+
+def _finish(adapter: Adapter, settings: dict[str, Any], untied: bool, output: Path) -> None:
+    """The configuration of what was adapted: its class, its labels, whether weights are tied; and its own words."""
+    if settings:
+        found = _class_of(adapter, settings)
+        if found:
+            settings["architectures"] = [found]
+        labels = loading.recorded(adapter.folder).get("labels") or _numbered(adapter, settings)
+        if labels:
+            settings["id2label"] = {str(i): label for i, label in enumerate(labels)}
+            settings["label2id"] = {label: i for i, label in enumerate(labels)}
+            settings.pop("num_labels", None)
+        for part in [settings, *(v for v in settings.values() if isinstance(v, dict))] if untied else []:
+            if "tie_word_embeddings" in part or part is settings:
+                part["tie_word_embeddings"] = False
+        (output / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    copy_words(adapter.folder, output)
+
+
+def copy_words(source: Path, target: Path) -> None:
+    """The files of a tokenizer or another processor, and what kt_hf notes beside a model."""
+    for path in source.iterdir():
+        if path.is_file() and path.name.startswith(_BESIDE):
+            shutil.copyfile(path, target / path.name)
+
+
+def _numbered(adapter: Adapter, settings: dict[str, Any]) -> list[str]:
+    """Names for the outputs of a head that came with the adapter, where nobody wrote down any and the base has another
+    number."""
+    if adapter.config.get("task_type") not in ("SEQ_CLS", "TOKEN_CLS"):
+        return []
+    wide = {settings.get("hidden_size"), settings.get("d_model"), settings.get("dim")}
+    sizes = {t.shape[0] for t in adapter.full.values() if t.dim() == 2} - wide
+    known = len(settings.get("id2label") or {}) or 2
+    count = sizes.pop() if len(sizes) == 1 else known
+    return [] if count == known else [f"LABEL_{i}" for i in range(count)]
