@@ -27,7 +27,6 @@ from kt_hf.merge import MergeMethod
 from kt_hf.merge_engine import one_thread_each
 from kt_hf.merging import Tensors, copy_files, written_aside
 from kt_hf.progress import Bytes
-from kt_hf.tensor_files import open_model
 
 WAYS = ("changes", "factors")
 IN_FULL = ("method", "mean", "first")
@@ -166,8 +165,6 @@ class _Merging:
             if self.how.combine == "factors":
                 return self._apart(name, b_M, a_M, scales_M)
             b_OR, a_RI = low_rank.added(b_M, a_M, scales_M)
-            if self.how.rank is None and self.how.error is None and b_OR.shape[1] <= min(b_OR.shape[0], a_RI.shape[1]):
-                return low_rank.Factors(b_OR, a_RI, 0.0 if not b_OR.shape[1] else 1.0, 0.0)
             return low_rank.reduced(b_OR, a_RI, self.how.rank, self.how.error)
         zeros = torch.zeros_like(some.delta(self.compute))
         deltas_M = [zeros.clone() if pair is None else pair.delta(self.compute) for pair in pairs_M]
@@ -196,8 +193,8 @@ class _Merging:
                 f"{name}: adapters of the ranks {ranks} have no factors that could be added up",
                 "leave out --combine factors",
             )
-        b_OR = sum(b * (abs(w) ** 0.5 * (1 if w >= 0 else -1)) for b, w in zip(b_M, scales_M, strict=True))
-        a_RI = sum(a * abs(w) ** 0.5 for a, w in zip(a_M, scales_M, strict=True))
+        b_OR = sum(b * abs(w) ** 0.5 for b, w in zip(b_M, scales_M, strict=True))
+        a_RI = sum(a * (abs(w) ** 0.5 * (1 if w >= 0 else -1)) for a, w in zip(a_M, scales_M, strict=True))
         assert isinstance(b_OR, torch.Tensor) and isinstance(a_RI, torch.Tensor)
         meant_b, meant_a = low_rank.added(b_M, a_M, scales_M)
         off = low_rank.reduced(torch.cat([meant_b, b_OR], 1), torch.cat([meant_a, -a_RI]))
@@ -215,7 +212,7 @@ class _Merging:
 
 
 def _stored(pair: Pair, dtype: torch.dtype, adds_to_biases: bool) -> Pair:
-    """As it is written; where one module has a bias, peft gives all one."""
+    """As it is written; where one module adds to its bias, peft has all do so."""
     bias = pair.bias
     if bias is None and adds_to_biases and not pair.embedding:
         bias = torch.zeros(pair.shape[0])
@@ -233,6 +230,13 @@ def _modules(adapters: Sequence[Adapter]) -> list[str]:
                     f"{module} is {list(first.shape)} in '{label}' and {list(pair.shape)} in '{adapter.label}'",
                     "merge adapters of one base",
                 )
+    adds = next((a.label for a in adapters for p in a.pairs.values() if p.bias is not None), None)
+    embeddings = [module for module, (_, pair) in found.items() if pair.embedding]
+    if adds and embeddings:
+        raise RecipeError(
+            f"'{adds}' adds to biases (lora_bias), and {embeddings[0]} is an embedding: peft has no adapter of both",
+            "merge them as full models: --fold",
+        )
     for adapter in adapters:
         both = sorted(m for m in found if m not in adapter.pairs and f"{m}.weight" in adapter.full)
         if both:
@@ -294,10 +298,7 @@ def _known(tensor: torch.Tensor | None) -> torch.Tensor:
 
 def _base_values(adapter: Adapter, base: str | None, names: Sequence[str]) -> Tensors:
     """The base's tensors of these names; those that it has."""
-    model = folding.aligned(
-        open_model(folding.base_of(adapter, base)), [*(f"{m}.weight" for m in adapter.pairs), *names]
-    )
-    return {name: model[name] for name in names if name in model}
+    return folding.base_tensors(adapter, folding.base_of(adapter, base), names)
 
 
 def _bases(adapters: Sequence[Adapter]) -> Tensors:

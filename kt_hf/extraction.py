@@ -81,13 +81,12 @@ def extract(
     if name is None:
         raise RecipeError(f"'{model}' does not say of which class it is", "give a model of transformers")
     structure = loading.without_weights(model, name)
-    after = open_model(model)
-    before = folding.aligned(open_model(base), list(after))
+    after, before = _by_name(model, structure, whole=True), _by_name(base, structure)
     ties = loading.ties(structure)
     for target, source in ties.items():  # of what is tied, one copy
         if target in after and source in after and _same(after[target], after[source]):
             del after[target]
-    _refuse_other_names(after, before, structure, str(model), str(base))
+    _refuse_other_shapes(after, before, structure, str(model), str(base))
     plan = _plan(structure, after, before, ties, only_low_rank)
     pairs, full, total, lost = _factors(plan, after, before, rank, error, output.name, threads)
     if not pairs:
@@ -191,14 +190,20 @@ def _within(name: str, modules: Sequence[str]) -> bool:
     return any(name.startswith(f"{module}.") for module in modules)
 
 
-def _refuse_other_names(after: Tensors, before: Tensors, structure: nn.Module, model: str, base: str) -> None:
-    known = structure.state_dict().keys()
-    odd = [n for n, t in after.items() if n not in known and t.is_floating_point()]
-    if odd:
+def _by_name(folder: Path, structure: nn.Module, whole: bool = False) -> Tensors:
+    """A checkpoint's tensors by their names in the model. whole: refuse what is not one tensor there, too."""
+    model = open_model(folder)
+    names = loading.model_names(structure, model)
+    odd = [n for n, t in model.items() if n not in names and t.is_floating_point()]
+    if whole and odd:
         raise RecipeError(
-            f"'{model}' calls {odd[0]} otherwise in its files than in the model ({len(odd)} tensors)",
-            "adapters of such an architecture cannot be extracted from files",
+            f"'{folder}' holds {odd[0]}, which is no tensor of a {type(structure).__name__} ({len(odd)} such)",
+            "an adapter is extracted from models whose files hold their weights one by one",
         )
+    return {name: model[file] for file, name in names.items()}
+
+
+def _refuse_other_shapes(after: Tensors, before: Tensors, structure: nn.Module, model: str, base: str) -> None:
     heads = _heads(structure)
     for name in after.keys() & before.keys():
         if after[name].shape != before[name].shape:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from kt_hf.merge import MergeMethod
 from kt_hf.merging import Tensors
 from kt_hf.recipe import Model
 from kt_hf.task import FACTS
+from kt_hf.tensor_files import open_model
 
 _CLASSES = {
     "SEQ_CLS": "SEQUENCE_CLASSIFICATION",
@@ -83,17 +85,21 @@ def fold(adapter: Adapter, base: Path, output: Path) -> None:
     Weights that were tied, and of which the adapter changes one, are written apart, and the configuration says so.
     """
     with merging.Parents([base], [str(base)]) as parents:
-        model = parents.models[0] = aligned(parents.models[0], [f"{m}.weight" for m in adapter.pairs])
-        dtype = next((t.dtype for t in model.values() if t.is_floating_point()), torch.float32)
         settings = merging.config(base)
-        untied = _part_ways(model, adapter, settings, base)
-        for name, tensor in {**adapter.bases, **adapter.full}.items():
-            model[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-        pairs = {f"{module}.weight": pair for module, pair in adapter.pairs.items()}
-        biases = {f"{m}.bias": p.bias * p.scaling for m, p in adapter.pairs.items() if p.bias is not None}
+        structure = _Structure(base, class_of(adapter, settings))
+        model, names = _as_adapted(parents.models[0], adapter, structure)
+        parents.models[0] = model
+        dtype = next((t.dtype for t in model.values() if t.is_floating_point()), torch.float32)
+        full = {_renamed(names, n): t for n, t in {**adapter.bases, **adapter.full}.items()}
+        pairs = {_renamed(names, f"{module}.weight"): pair for module, pair in adapter.pairs.items()}
+        untied = _part_ways(model, pairs, full, names, structure)
+        model |= {n: t.to(dtype) if t.is_floating_point() else t for n, t in full.items()}
+        added = {f"{m}.bias": p.bias * p.scaling for m, p in adapter.pairs.items() if p.bias is not None}
+        biases = {_renamed(names, n): t for n, t in added.items()}
         method = Folding(pairs, biases, bool(adapter.config.get("fan_in_fan_out")))
         method.check_model(model, adapter.label)
-        merging.merge(method, parents, None, output, sync=False)
+        # Weights that are copies in the base, and of which the adapter changes one, are to part.
+        merging.merge(method, parents, None, output, sync=False, keep_ties=False)
     _finish(adapter, settings, untied, output)
 
 
@@ -150,34 +156,57 @@ class Folding(MergeMethod):
 # --- names -----------------------------------------------------------------------------------------------------------
 
 
-def aligned(model: Tensors, wanted: Iterable[str]) -> Tensors:
-    """A checkpoint's tensors by the names that they have in the model that was adapted: a backbone's checkpoint may
-    lack the first part of a name (`bert.`), or have it in addition."""
-    names = list(wanted)
-    if any(name in model for name in names):
-        return model
-    for name in names:
-        first, _, rest = name.partition(".")
-        if rest in model:
-            return {f"{first}.{n}": t for n, t in model.items()}
-        longer = next((n for n in model if n.endswith(f".{name}")), None)
-        if longer is not None:
-            front = longer.removesuffix(name)
-            return {n.removeprefix(front): t for n, t in model.items() if n.startswith(front)}
-    return model
+class _Structure:
+    """The adapted model without weights, built where it is asked for: that takes a while."""
+
+    def __init__(self, base: Path, name: str | None):
+        self.base, self.name = base, name
+
+    @cached_property
+    def model(self) -> Any:
+        return loading.without_weights(self.base, self.name) if self.name else None
 
 
-def _part_ways(model: Tensors, adapter: Adapter, settings: dict[str, Any], base: Path) -> bool:
+def _as_adapted(model: Tensors, adapter: Adapter, structure: _Structure) -> tuple[Tensors, dict[str, str]]:
+    """A base's tensors as the files of the adapted model hold them, and from a name in that model to that in the files
+    where it is another. A backbone's checkpoint may lack the first part of a name (`bert.`), or have it in addition."""
+    if all(f"{module}.weight" in model for module in adapter.pairs) or structure.model is None:
+        return model, {}
+    found, names, prefix = {}, {}, f"{structure.model.base_model_prefix}."
+    for file, name in loading.model_names(structure.model, model).items():
+        tensor, inner = model[file], name.startswith(prefix)
+        if inner != file.startswith(prefix):
+            file = f"{prefix}{file}" if inner else file.removeprefix(prefix)
+        found[file], names[name] = tensor, file
+    return found, names
+
+
+def _renamed(names: dict[str, str], name: str) -> str:
+    return names.get(name, name)
+
+
+def base_tensors(adapter: Adapter, base: Path, wanted: Sequence[str]) -> Tensors:
+    """Those of the base's tensors that are wanted, by their names in the adapted model, as far as it has them."""
+    model = open_model(base)
+    if any(name not in model for name in wanted):
+        structure = _Structure(base, class_of(adapter, merging.config(base))).model
+        if structure is not None:
+            model = {name: model[file] for file, name in loading.model_names(structure, model).items()}
+    return {name: model[name] for name in wanted if name in model}
+
+
+def _part_ways(
+    model: Tensors, pairs: dict[str, Pair], full: Tensors, names: dict[str, str], structure: _Structure
+) -> bool:
     """Write tied weights apart where the adapter changes one of them; True if it does."""
-    changed = {f"{module}.weight" for module in adapter.pairs} | adapter.full.keys()
+    changed = pairs.keys() | full.keys()
     words = max((t.shape[0] for t in model.values() if t.dim() == 2), default=0)
     if not any(n not in model or (model[n].dim() == 2 and model[n].shape[0] >= words) for n in changed):
         return False  # nothing that models tie: spares building one
-    name = _class_of(adapter, settings)
-    ties = loading.ties(loading.without_weights(base, name)) if name else {}
+    ties = {_renamed(names, t): _renamed(names, s) for t, s in loading.ties(structure.model).items()}
     affected = {t: s for t, s in ties.items() if s in model and (t in changed or s in changed)}
-    for name in [t for t, s in affected.items() if _equal(adapter.full.get(t), adapter.full.get(s))]:
-        del adapter.full[name], affected[name]  # tied in the adapter, too
+    for name in [t for t, s in affected.items() if not {t, s} & pairs.keys() and _equal(full.get(t), full.get(s))]:
+        del full[name], affected[name]  # tied in the adapter, too
     for target, source in affected.items():
         model.setdefault(target, model[source])
     return bool(affected)
@@ -190,7 +219,7 @@ def _equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def _class_of(adapter: Adapter, settings: dict[str, Any]) -> str | None:
+def class_of(adapter: Adapter, settings: dict[str, Any]) -> str | None:
     """The model class that was adapted: as peft noted it, as its task has it, else as the base says."""
     noted = (adapter.config.get("auto_mapping") or {}).get("base_model_class")
     if noted:
@@ -208,7 +237,7 @@ def _class_of(adapter: Adapter, settings: dict[str, Any]) -> str | None:
 def _finish(adapter: Adapter, settings: dict[str, Any], untied: bool, output: Path) -> None:
     """The configuration of what was adapted: its class, its labels, whether weights are tied; and its own words."""
     if settings:
-        found = _class_of(adapter, settings)
+        found = class_of(adapter, settings)
         if found:
             settings["architectures"] = [found]
         labels = loading.recorded(adapter.folder).get("labels") or _numbered(adapter, settings)

@@ -302,11 +302,27 @@ def without_weights(folder: Path, name: str) -> nn.Module:
     import transformers
 
     config = config_of(Model(path=str(folder)))
-    cls = getattr(transformers, name, None)
+    own = OWN.get(config.model_type)
+    cls = getattr(importlib.import_module(own) if own else transformers, name, None)
     if cls is None:
         raise RecipeError(f"'{folder}' is a {name}, which is no class of transformers", "use a model of transformers")
     with loading(f"the structure of '{folder}'"), torch.device("meta"):
         return cls(config)
+
+
+def model_names(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """Of tensors in a checkpoint's files -> their names in the model, as transformers loads them: some architectures
+    are called otherwise in files, and a backbone's files lack the first part of a name, or a model does. Those alone
+    that are one tensor in both."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    known, found = model.state_dict(), get_model_conversion_mapping(model)
+    renamings = [c for c in found if isinstance(c, WeightRenaming)]
+    converters = [c for c in found if isinstance(c, WeightConverter)]
+    prefix = getattr(model, "base_model_prefix", "") or None
+    renamed = {n: rename_source_key(n, renamings, converters, prefix, known) for n in names}
+    return {n: name for n, (name, converted) in renamed.items() if converted is None and name in known}
 
 
 def ties(model: Any) -> dict[str, str]:

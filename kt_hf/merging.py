@@ -185,12 +185,14 @@ def merge(
     threads: int | None = None,
     sync: bool = True,
     files: Mapping[str, str] | None = None,
+    keep_ties: bool = True,
 ) -> int:
     """Write the merged model directory: the first parent's files with merged weights. Returns the bytes of those.
 
     out_dtype: of what is a floating point number; default: the first parent's. shard_bytes: of a file at most;
     default: one file where the first parent is one, else `SHARD_BYTES`. threads: default as torch's. sync: outlast a
-    loss of power. files: texts to write beside, by name.
+    loss of power. files: texts to write beside, by name. keep_ties: what is a copy of another tensor in all parents
+    stays that.
     """
     first = parents.folders[0]
     if base is not None:
@@ -213,7 +215,8 @@ def merge(
         try:
             labelled = dict(zip(_distinct(parents.labels), parents.models, strict=True))
             base_model = base.models[0] if base is not None else None
-            fusion = Fusion(method, labelled, base_model, writer, compute, _twins(parents.models))
+            twins = _twins(parents.models) if keep_ties else {}
+            fusion = Fusion(method, labelled, base_model, writer, compute, twins)
             fusion.run(threads or torch.get_num_threads(), progress.add, sync)
             writer.finish()
         finally:

@@ -25,7 +25,7 @@ from kt_hf.errors import NonFiniteError, RecipeError
 from kt_hf.facts import Run
 from kt_hf.feed import training_rows
 from kt_hf.loader import Plan, Rows, Windows, load_batches
-from kt_hf.loading import local, recorded
+from kt_hf.loading import is_adapter, local, recorded
 from kt_hf.progress import title
 from kt_hf.recipe import Ensemble, Evaluate, Merge, Model, Stage, Train, Training
 from kt_hf.task import FACTS, Loaded, Scores
@@ -300,9 +300,10 @@ def _merge(context: Context, stage: Merge, seed: int, folder: Path) -> dict[str,
     from kt_hf.runner import parents as find_parents
 
     task, info, accelerator = context.task(stage), context.info(stage), context.accelerator
-    names, models = find_parents(context, stage, seed)
+    names, found = find_parents(context, stage, seed)
     method = build("merge", stage.method, stage, context.settings)
     started = time.perf_counter()
+    models = _fold(context, stage, found, folder / ".folded")
     loaded = task.load(models[0], info)
     _check_kinship(task, loaded, models, names, info)
     base = local(context.resolve(stage.base, seed)) if stage.base is not None else None
@@ -351,6 +352,7 @@ def _merge(context: Context, stage: Merge, seed: int, folder: Path) -> dict[str,
             shutil.rmtree(folder / ".candidate", ignore_errors=True)
             with merging.Parents([Path(str(base.path))], ["base"]) if base is not None else _none() as base_parents:
                 merging.merge(method, parents, base_parents, folder / "model")
+            shutil.rmtree(folder / ".folded", ignore_errors=True)
     accelerator.wait_for_everyone()
     loaded = task.load(Model(path=str(folder / "model")), info)
     if statistics:
@@ -366,12 +368,27 @@ def _merge(context: Context, stage: Merge, seed: int, folder: Path) -> dict[str,
         summary=summary,
         lineage={
             "parents": names,
-            "revisions": _revisions(names, models),
+            "revisions": _revisions(names, found),
             "method": grammar.named(stage.method)[0],
             **({"base": str(stage.base.path)} if stage.base else {}),
         },
     )
     return facts
+
+
+def _fold(context: Context, stage: Merge, models: list[Model], room: Path) -> list[Model]:
+    """The parents as full models: adapters are written into `room` with their bases, as the task loads them."""
+    task, accelerator, full = context.task(stage), context.accelerator, []
+    if accelerator.is_main_process:
+        shutil.rmtree(room, ignore_errors=True)
+    for i, model in enumerate(models):
+        if is_adapter(model):
+            if accelerator.is_main_process:
+                save_model(task, task.load(model, context.info(stage)), room / str(i), described(context, stage))
+            model = Model(path=str(room / str(i)))
+        full.append(model)
+    accelerator.wait_for_everyone()
+    return full
 
 
 def _revisions(names: list[str], models: list[Model]) -> dict[str, str]:

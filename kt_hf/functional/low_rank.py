@@ -15,6 +15,8 @@ EXACT = 1024
 """The smaller side of a matrix above which a decomposition to a given rank is randomised."""
 NOTHING = 1e-14
 """A share of the squared norm that is rounding."""
+CANCELLED = 1e-12
+"""A share of the size of a product's factors below which its singular values are rounding, too."""
 ROWS = 2**20
 """Elements that are taken to float64 at once."""
 
@@ -112,6 +114,7 @@ def reduced(b_OR: torch.Tensor, a_RI: torch.Tensor, rank: int | None = None, err
     of the small T_b T_a^T are those of the product."""
     left, right = torch.linalg.qr(b_OR.double()), torch.linalg.qr(a_RI.double().T)
     u, s, vh = torch.linalg.svd(left.R @ right.R.T, full_matrices=False)
+    s = s * (s > CANCELLED * left.R.norm() * right.R.norm())
     kept = rank_for(s**2, rank, error)
     roots_R = s[:kept].sqrt()
     b, a = left.Q @ (u[:, :kept] * roots_R), (roots_R[:, None] * vh[:kept]) @ right.Q.T
