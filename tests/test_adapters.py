@@ -32,11 +32,11 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from kt_hf import registry
+from kt_hf import Data, Merge, Model, Recipe, Train, registry, run
 from kt_hf.adapters import open_adapter
 from kt_hf.cli import main
 from kt_hf.functional import low_rank
-from kt_hf.tiny import ENCODER
+from kt_hf.tiny import ENCODER, VIT
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 State = dict[str, torch.Tensor]
@@ -516,6 +516,34 @@ def test_a_base_elsewhere_is_named(here, capsys):
     assert "--base" in capsys.readouterr().err
     assert command("merge", "uniform_soup", "--models", "a", "--fold", "--base", "bert", "--output", "out") == 0
     assert command("merge", "uniform_soup", "--models", "a", "--fold", "--base", "llama", "--output", "o") == 2
+
+
+def test_a_stage_merges_what_stages_kept_as_adapters(tmp_path):
+    lora = {"lora": {"r": 2, "save": "adapter"}}
+    training = {"max_steps": 2, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "report_to": "none"}
+    recipe = Recipe(
+        [
+            Train("start", strategies=["finetune"], data=Data("digits", "source"), model=Model(**VIT)),
+            Train("student", strategies=[lora], data=Data("digits", "target"), model=Model("@start"), seeds=2),
+            Merge("soup", "uniform_soup", models=["@student"], data=Data("digits", "target")),
+            Merge("mixed", "task_arithmetic", models=["@student"], base="@start", data=Data("digits", "target")),
+        ],
+        training=training,
+    )
+    report = run(recipe, tmp_path / "out")
+    assert [s["name"] for s in report["stages"]] == ["start", "student", "soup", "mixed"]
+    students = [tmp_path / "out" / "student" / "model", tmp_path / "out" / "student" / "seeds" / "1" / "model"]
+    assert all((folder / "adapter_config.json").is_file() for folder in students)
+    base = load("vit", tmp_path / "out" / "start" / "model")
+    before, changes = tensors(base), []
+    for folder in students:
+        model = load("vit", tmp_path / "out" / "start" / "model")
+        changes.append(summed([1, -1], tensors(PeftModel.from_pretrained(model, folder).merge_and_unload()), before))
+    for name, weight in (("soup", 0.5), ("mixed", 1.0)):
+        folder = tmp_path / "out" / name / "model"
+        assert off(tensors(load("vit", folder)), summed([1, weight, weight], before, *changes)) < 1e-5
+        assert not [p.name for p in folder.iterdir() if "adapter" in p.name]
+        assert not (tmp_path / "out" / name / ".folded").exists()
 
 
 # --- extracted -------------------------------------------------------------------------------------------------------
