@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from kt_hf import Data, Merge, Model, Recipe, Train, registry, run
-from kt_hf.adapters import open_adapter
+from kt_hf.adapters import Pair, open_adapter, write_adapter
 from kt_hf.cli import main
 from kt_hf.functional import low_rank
 from kt_hf.tiny import ENCODER, VIT
@@ -221,6 +221,14 @@ def test_weighted_sums_of_adapters_are_those_of_their_changes(here, case, capsys
     config = json.loads(Path("sum/adapter_config.json").read_text())
     assert config["r"] == config["lora_alpha"] and config["rank_pattern"] == config["alpha_pattern"]
     assert not config.get("use_rslora")
+
+
+def test_a_pattern_means_one_module_alone(tmp_path):
+    """peft matches patterns at the end of names, and one module's name may be the end of another's."""
+    pairs = {n: Pair(torch.randn(r, 4), torch.randn(4, r), 1.0) for n, r in (("q", 3), ("deep.q", 2), ("k", 2))}
+    write_adapter(tmp_path, {"base_model_name_or_path": "x"}, pairs, {})
+    found = open_adapter(tmp_path, "a").pairs
+    assert {n: (p.rank, p.scaling) for n, p in found.items()} == {"q": (3, 1.0), "deep.q": (2, 1.0), "k": (2, 1.0)}
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "vit", "resnet", "llama"])
