@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -45,13 +44,12 @@ def folded(folders: Sequence[tuple[str, Path]], base: str | None, beside: Path) 
     if not any(is_adapter(folder) for _, folder in folders):
         yield [folder for _, folder in folders]
         return
-    beside.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{beside.name}.folded-", dir=beside.parent) as room:
+    with merging.hidden(beside.with_name(f".{beside.name}.folded"), beside) as room:
         found = []
         for i, (label, folder) in enumerate(folders):
             if is_adapter(folder):
                 adapter = open_adapter(folder, label)
-                folder = Path(room) / str(i)
+                folder = room / str(i)
                 fold(adapter, base_of(adapter, base), folder)
             found.append(folder)
         yield found

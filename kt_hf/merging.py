@@ -234,29 +234,35 @@ def _distinct(labels: Sequence[str]) -> list[str]:
 
 @contextmanager
 def written_aside(folder: Path) -> Iterator[Path]:
-    """A folder beside that becomes `folder` if all goes well, in place of what is there. What a killed process left is
-    removed by the next; two at once are kept apart by a lock of the kernel."""
-    staged = folder.with_name(f".{folder.name}.partial")
-    staged.mkdir(parents=True, exist_ok=True)
-    handle = os.open(staged, os.O_RDONLY)
+    """A folder beside that becomes `folder` if all goes well, in place of what is there."""
+    with hidden(folder.with_name(f".{folder.name}.partial"), folder) as staged:
+        yield staged
+        checkpoint.fsync_folder(staged)
+        shutil.rmtree(folder, ignore_errors=True)
+        staged.rename(folder)
+        checkpoint.fsync_folder(folder.parent)
+
+
+@contextmanager
+def hidden(room: Path, folder: Path) -> Iterator[Path]:
+    """An empty folder for making `folder`, which is gone on leaving unless it was renamed. What a killed process left
+    is removed by the next; two at once are kept apart by a lock of the kernel."""
+    room.mkdir(parents=True, exist_ok=True)
+    handle = os.open(room, os.O_RDONLY)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.stat(staged).st_ino != os.fstat(handle).st_ino:
+            if os.stat(room).st_ino != os.fstat(handle).st_ino:
                 raise BlockingIOError(errno.EWOULDBLOCK, "another process has just finished")
         except (BlockingIOError, FileNotFoundError) as error:
             raise RecipeError(f"another merge writes {folder}", "wait for it, or name another folder") from error
-        for path in staged.iterdir():
+        for path in room.iterdir():
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         try:
-            yield staged
-            checkpoint.fsync_folder(staged)
-            shutil.rmtree(folder, ignore_errors=True)
-            staged.rename(folder)
-            checkpoint.fsync_folder(folder.parent)
-        except BaseException:
-            shutil.rmtree(staged, ignore_errors=True)
-            raise
+            yield room
+        finally:
+            if room.exists() and os.stat(room).st_ino == os.fstat(handle).st_ino:  # else renamed; another's by now
+                shutil.rmtree(room, ignore_errors=True)
     finally:
         os.close(handle)
 
