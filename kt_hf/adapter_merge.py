@@ -24,7 +24,7 @@ from kt_hf.functional import low_rank
 from kt_hf.functional.averaging import weighted_mean
 from kt_hf.loading import recorded
 from kt_hf.merge import MergeMethod
-from kt_hf.merge_engine import one_thread_each
+from kt_hf.merge_engine import SLACK, Memory, one_thread_each
 from kt_hf.merging import Tensors, copy_files, written_aside
 from kt_hf.progress import Bytes
 
@@ -139,6 +139,7 @@ class _Merging:
 
     def __init__(self, method: MergeMethod, adapters: Sequence[Adapter], how: How, compute: torch.dtype):
         self.method, self.adapters, self.how, self.compute = method, adapters, how, compute
+        self.memory = Memory(max([SLACK, *(self._bytes(p) for a in adapters for p in a.pairs.values())]))
         self.adds_to_biases = any(p.bias is not None for a in adapters for p in a.pairs.values())
 
     def module(self, module: str) -> _Found:
@@ -166,13 +167,20 @@ class _Merging:
                 return self._apart(name, b_M, a_M, scales_M)
             b_OR, a_RI = low_rank.added(b_M, a_M, scales_M)
             return low_rank.reduced(b_OR, a_RI, self.how.rank, self.how.error)
-        zeros = torch.zeros_like(some.delta(self.compute))
-        deltas_M = [zeros.clone() if pair is None else pair.delta(self.compute) for pair in pairs_M]
-        merged = self._merged(name, deltas_M, zeros)
         rank = self.how.rank
         if rank is None and self.how.error is None:
             rank = sum(pair.rank for pair in pairs_M if pair is not None)
-        return low_rank.factored(as_matrix(merged, some.embedding), rank, self.how.error)
+        with self.memory.hold(self._bytes(some)):
+            deltas_M = [self._zeros(some) if pair is None else pair.delta(self.compute) for pair in pairs_M]
+            merged = self._merged(name, deltas_M, self._zeros(some))
+            return low_rank.factored(as_matrix(merged, some.embedding), rank, self.how.error)
+
+    def _zeros(self, pair: Pair) -> torch.Tensor:
+        return torch.zeros(pair.shape[::-1] if pair.embedding else pair.shape, dtype=self.compute)
+
+    def _bytes(self, pair: Pair) -> int:
+        """What a change takes as a whole: the adapters', the base, the result, and what a method wants for itself."""
+        return (len(self.adapters) + 4) * math.prod(pair.shape) * self.compute.itemsize
 
     def _coefficients(self, name: str) -> list[float]:
         """What the method multiplies each adapter's change by: a weighted sum of unit vectors shows it."""

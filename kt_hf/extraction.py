@@ -22,7 +22,7 @@ from kt_hf.adapter_merge import check_size
 from kt_hf.adapters import Pair, as_matrix, ranks_of, write_adapter
 from kt_hf.errors import IntegrityError, RecipeError
 from kt_hf.functional import low_rank
-from kt_hf.merge_engine import one_thread_each
+from kt_hf.merge_engine import SLACK, Memory, one_thread_each
 from kt_hf.merging import Tensors, written_aside
 from kt_hf.progress import Bytes
 from kt_hf.task import FACTS
@@ -227,8 +227,8 @@ def _factors(
 
     def one(module: str) -> tuple[Pair, low_rank.Factors]:
         layer, key = plan.low_rank[module], f"{module}.weight"
-        with torch.no_grad():
-            change = after[key].float() - before[key].float()
+        with torch.no_grad(), memory.hold(8 * after[key].numel()):
+            change = after[key].to(torch.float32, copy=True).sub_(before[key])
             embedding = isinstance(layer, nn.Embedding)
             if not math.isfinite(float(change.sum())):
                 raise IntegrityError(f"{key} has values that are not finite", "make or fetch the model again")
@@ -237,6 +237,7 @@ def _factors(
         a = found.a_RI.reshape(found.rank, -1, *kernel)
         return Pair(a, found.b_OR.reshape(*found.b_OR.shape, *(1 for _ in kernel)), 1.0, embedding), found
 
+    memory = Memory(max([SLACK, *(8 * after[f"{m}.weight"].numel() for m in plan.low_rank)]))
     progress = Bytes(f"extracting {name}", sum(_bytes(after[f"{m}.weight"]) for m in plan.low_rank))
     pairs: dict[str, Pair] = {}
     total = lost = 0.0

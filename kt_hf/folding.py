@@ -1,4 +1,7 @@
-"""An adapter folded into its base: a full model, written by the merge engine tensor by tensor."""
+"""An adapter folded into its base: a full model, written by the merge engine tensor by tensor.
+
+Shapes: O outputs, I inputs, R rank.
+"""
 
 from __future__ import annotations
 
@@ -131,18 +134,14 @@ class Folding(MergeMethod):
         pair = self.pairs.get(name)
         if pair is None:
             return weight
-        delta = pair.delta(weight.dtype)
-        turned = tuple(weight.shape) != tuple(delta.shape) or (self.fan_in_fan_out and self._is_matrix(pair))
-        found = weight + (delta.T if turned else delta)
-        if pair.magnitude is None:
-            return found
-        # Liu et al. 2024, DoRA, equation (5): m (W + s B A) / |W + s B A| by outputs (arXiv:2402.09353)
-        inputs = 0 if turned else 1
-        ratios = pair.magnitude.to(found.dtype).reshape(-1) / torch.linalg.vector_norm(found, dim=inputs)
-        return found * ratios.unsqueeze(inputs)
-
-    def _is_matrix(self, pair: Pair) -> bool:
-        return len(pair.shape) == 2 and not pair.embedding
+        b_OR, a_RI = pair.matrices(weight.dtype)
+        turned = len(pair.shape) == 2 and (tuple(weight.shape) != pair.shape or self.fan_in_fan_out or pair.embedding)
+        matrix_OI = weight.T if turned else weight.flatten(1)
+        matrix_OI.addmm_(b_OR, a_RI, alpha=pair.scaling)  # in place: the engine hands out copies
+        if pair.magnitude is not None:
+            # Liu et al. 2024, DoRA, equation (5): m (W + s B A) / |W + s B A| by outputs (arXiv:2402.09353)
+            matrix_OI *= (pair.magnitude.flatten() / torch.linalg.vector_norm(matrix_OI, dim=1)).unsqueeze(1)
+        return weight
 
     def _shapes(self, pair: Pair) -> list[tuple[int, ...]]:
         """That a weight may have: of GPT-2's layers the inputs come first."""

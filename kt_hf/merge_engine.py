@@ -59,7 +59,7 @@ class Fusion:
         self.models = [*parents.values(), *([base] if base is not None else [])]
         self._own = threading.local()
         units = list(self.units())
-        self._memory = _Memory(max([SLACK, *(self._bytes(u) for u in units if u.whole)]))
+        self._memory = Memory(max([SLACK, *(self._bytes(u) for u in units if u.whole)]))
 
     def units(self) -> Iterator[Unit]:
         for name, spec in self.writer.specs.items():
@@ -179,7 +179,7 @@ class Fusion:
         return (len(self.models) + 2) * (unit.stop - unit.start) * self.compute.itemsize
 
 
-class _Memory:
+class Memory:
     """Bytes that threads may hold between them."""
 
     def __init__(self, limit: int):

@@ -322,7 +322,7 @@ PEFT = {
 
 @pytest.mark.parametrize("case", PEFT)
 def test_against_peft(here, case):
-    """Ours is the sum of the changes (test_weighted_sums_of_adapters_are_those_of_their_changes); theirs, too, or not."""
+    """Ours is the sum of the changes, as a test above says; theirs, too, or not."""
     first, second = OTHER[case]
     adapter("a", 1, **first), adapter("b", 2, **second)
     wanted = summed([0.7, -1.5], change("a"), change("b"))

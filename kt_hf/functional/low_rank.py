@@ -89,7 +89,7 @@ def sketched(delta_OI: torch.Tensor, rank: int, iterations: int = 3, more: int =
         basis_OP = torch.linalg.qr(delta_OI @ basis_IP).Q
     left_PP, singular_P, right_PI = torch.linalg.svd((basis_OP.T @ delta_OI).double(), full_matrices=False)
     roots_R = singular_P[:rank].sqrt()
-    total = float(torch.linalg.vector_norm(delta_OI, dtype=torch.float64)) ** 2
+    total = sum(float(part.double().square().sum()) for part in delta_OI.split(max(1, ROWS // delta_OI.shape[1])))
     b_OR = basis_OP.double() @ left_PP[:, :rank] * roots_R
     lost = max(total - float((singular_P[:rank] ** 2).sum()), 0.0)
     return Factors(b_OR, roots_R[:, None] * right_PI[:rank], total, lost)
