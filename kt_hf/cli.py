@@ -82,6 +82,23 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     one.add_argument("--compute", default="float32", metavar="DTYPE", help="float32 (default) or float64")
     one.add_argument("--max-shard-size", metavar="SIZE", help="of a file, such as 5GB; default: as the first model")
     one.add_argument("--threads", type=int, metavar="N", help="default: as many as torch uses; the result is the same")
+    one.add_argument("--fold", action="store_true", help="adapters are folded into their bases, and give a full model")
+    only = one.add_argument_group("of adapters alone, which give an adapter")
+    only.add_argument("--rank", type=int, metavar="N", help="of each module at most; default: the sum of their ranks")
+    only.add_argument("--error", type=float, metavar="E", help="relative error that each module may have, such as 0.05")
+    only.add_argument(
+        "--combine", metavar="WAY", help="`changes` (default) or `factors`: A and B apart, as peft's linear"
+    )
+    only.add_argument("--in-full", metavar="WAY", help="heads and biases: by the `method` (default), `mean` or `first`")
+    one = add("extract-lora", "make an adapter out of what a model has learnt since its base")
+    one.add_argument("model", metavar="MODEL", help="folder or Hub id of the fine-tuned model")
+    one.add_argument("--base", required=True, metavar="MODEL", help="what it was fine-tuned from")
+    one.add_argument("--rank", type=int, metavar="N", help="of each module at most")
+    one.add_argument("--error", type=float, metavar="E", help="relative error that each module may have, such as 0.05")
+    one.add_argument("--output", required=True, metavar="DIR", help="a folder that does not exist yet")
+    one.add_argument("--only-low-rank", action="store_true", help="leave out changed biases and norms, all but a head")
+    one.add_argument("--dtype", metavar="DTYPE", help="of the adapter, such as bfloat16; default: the model's")
+    one.add_argument("--threads", type=int, metavar="N", help="default: as many as torch uses")
     one = add("push", "publish a stage's model to the Hub")
     one.add_argument("folder", metavar="STAGE_DIR", help="a stage's folder, or its model/ folder")
     one.add_argument("repo", metavar="REPO", help="NAME or OWNER/NAME")
@@ -301,6 +318,28 @@ def merge(options: argparse.Namespace) -> int:
             compute=options.compute,
             max_shard_size=options.max_shard_size,
             threads=options.threads,
+            fold=options.fold,
+            **{k: v for k in ("rank", "error", "combine", "in_full") if (v := getattr(options, k)) is not None},
+        )
+    )
+    return 0
+
+
+def extract_lora(options: argparse.Namespace) -> int:
+    from kt_hf import merge_command
+    from kt_hf.launch import set_up_logging
+
+    set_up_logging(options.debug)
+    print(
+        merge_command.extract_lora(
+            options.model,
+            options.base,
+            options.output,
+            rank=options.rank,
+            error=options.error,
+            only_low_rank=options.only_low_rank,
+            dtype=options.dtype,
+            threads=options.threads,
         )
     )
     return 0
@@ -339,6 +378,7 @@ COMMANDS = {
     "predict": predict,
     "evaluate": evaluate,
     "merge": merge,
+    "extract-lora": extract_lora,
     "push": push,
 }
 

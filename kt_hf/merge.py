@@ -40,6 +40,10 @@ class MergeMethod:
     hands out flat pieces of a tensor, in buffers that it uses again, and memory does not grow with the tensors; else
     `tensor` gets whole tensors."""
 
+    linear: ClassVar[bool] = False
+    """Whether the result is a weighted sum of the inputs, with weights that go by the name alone. Such a merge of
+    adapters is exact without a decomposition."""
+
     def check(self, num_parents: int) -> None:
         """Refuse, by a `RecipeError`, settings that do not fit so many parents. Called before anything is read."""
 

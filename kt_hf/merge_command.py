@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,30 +42,69 @@ def merge(
     threads: int | None = None,
     dry_run: bool = False,
     check: bool = True,
+    fold: bool = False,
+    **adapter: Any,
 ) -> str:
-    """Merge models into a new folder; returns lines on what was done.
+    """Merge models into a new folder; returns lines on what was done. Adapters alone give an adapter; among models, or
+    with `fold`, each is folded into its base first.
 
     method, given: a registered merge and its settings. models, base: folders or Hub ids. head: the parent whose head,
     configuration and files are kept where heads differ, or `all`: a model for each. dtype: of the result; default: the
     first parent's. compute: float32 or float64. max_shard_size: such as `5GB`. threads: default as torch's. dry_run:
-    check and compare, and write nothing. check: load the result and ask it something before it gets its name.
+    check and compare, and write nothing. check: load the result and ask it something before it gets its name. adapter:
+    what an adapter is to be, as `kt_hf.adapter_merge.How` has it.
 
     Raises:
         RecipeError: mistakes in what was asked for, parents that do not fit each other, an output that exists.
         IntegrityError: files that are missing or torn, weights that are not finite.
     """
+    from kt_hf.adapters import is_adapter
+    from kt_hf.folding import folded
+
+    output = Path(output)
+    _check_words(dtype, compute, threads)
+    shard_bytes = read_size(max_shard_size) if max_shard_size is not None else None
+    built = _build(method, given or {}, models, base or "what the adapters adapt")
+    if output.exists() or output.is_symlink():
+        raise RecipeError(f"the output '{output}' exists", "name a folder that does not, or remove it")
+    parents = [_find(name) for name in models]
+    how: dict[str, Any] = {"dtype": dtype, "compute": compute, "threads": threads}
+    if not fold and all(is_adapter(p.folder) for p in parents):
+        if head is not None or dry_run:
+            raise RecipeError("--head and --dry-run are of models, and these are adapters", "fold them: --fold")
+        said = _merge_adapters(built, method, parents, output, base=base, given=given or {}, adapter=adapter, **how)
+    else:
+        if words := [f"--{word.replace('_', '-')}" for word in adapter]:
+            raise RecipeError(f"{', '.join(words)}: of adapters alone", "leave it out, or merge adapters into one")
+        _build(method, given or {}, models, base)
+        with folded([(p.name, p.folder) for p in parents], base, output) as folders:
+            parents = [replace(p, folder=folder) for p, folder in zip(parents, folders, strict=True)]
+            how |= {"head": head, "dry_run": dry_run, "check": check, "shard_bytes": shard_bytes}
+            said = _merge_models(built, method, parents, output, base=base, given=given or {}, **how)
+    return said
+
+
+def _merge_models(
+    built: Any,
+    method: str,
+    parents: Sequence[Origin],
+    output: Path,
+    *,
+    base: str | None,
+    given: dict[str, Any],
+    dtype: str | None,
+    compute: str,
+    shard_bytes: int | None,
+    threads: int | None,
+    head: str | None,
+    dry_run: bool,
+    check: bool,
+) -> str:
     import torch
 
     from kt_hf import merging
     from kt_hf.trial import try_out
 
-    output = Path(output)
-    _check_words(dtype, compute, threads)
-    shard_bytes = read_size(max_shard_size) if max_shard_size is not None else None
-    built = _build(method, given or {}, models, base)
-    if output.exists() or output.is_symlink():
-        raise RecipeError(f"the output '{output}' exists", "name a folder that does not, or remove it")
-    parents = [_find(name) for name in models]
     found_base = _find(base) if base is not None else None
     _refuse_other_meanings([*parents, *([found_base] if found_base else [])], len(parents), head is not None)
     names = [p.name for p in parents]
@@ -98,7 +137,7 @@ def merge(
                 shard_bytes=shard_bytes,
                 threads=threads,
                 verify=verify if check else None,
-                files={"README.md": _card(folder.name, method, given or {}, parents, found_base, kinship.summary())},
+                files={"README.md": _card(folder.name, method, given, parents, found_base, kinship.summary())},
             )
     seconds = time.perf_counter() - began - tried
     return (
@@ -115,6 +154,66 @@ def _heads(head: str | None, names: Sequence[str], output: Path) -> list[tuple[i
     if len(set(short)) < len(short):
         short = [f"{i}-{name}" for i, name in enumerate(short)]
     return [(i, output / name) for i, name in enumerate(short)]
+
+
+def _merge_adapters(
+    built: Any,
+    method: str,
+    parents: Sequence[Origin],
+    output: Path,
+    *,
+    base: str | None,
+    given: dict[str, Any],
+    adapter: dict[str, Any],
+    dtype: str | None,
+    compute: str,
+    threads: int | None,
+) -> str:
+    import torch
+
+    from kt_hf import merging
+    from kt_hf.adapter_merge import How, merge_adapters
+    from kt_hf.adapters import open_adapter
+
+    names, began = [p.name for p in parents], time.perf_counter()
+    built.fit(merging.MergeRun(len(parents), names, True, _without_data))
+    text = merge_adapters(
+        built,
+        method,
+        [open_adapter(p.folder, p.name) for p in parents],
+        output,
+        how=How(**adapter),
+        base=base,
+        dtype=getattr(torch, dtype) if dtype else None,
+        compute=getattr(torch, compute),
+        threads=threads,
+        files={"README.md": _card(output.name, method, {**given, **adapter}, parents, None, library="peft")},
+    )
+    seconds = time.perf_counter() - began
+    return f"merged {len(parents)} adapters by {method} into {output}: {text} in {seconds:.1f} s"
+
+
+def extract_lora(
+    model: str,
+    base: str,
+    output: str | Path,
+    *,
+    dtype: str | None = None,
+    threads: int | None = None,
+    **how: Any,
+) -> str:
+    """Make an adapter out of a full fine-tuning of `base`; returns a line on what was done. how: as
+    `kt_hf.extraction.extract` has it."""
+    import torch
+
+    from kt_hf.extraction import extract
+
+    _check_words(dtype, "float32", threads)
+    began = time.perf_counter()
+    found, found_base = _find(model), _find(base)
+    kind = getattr(torch, dtype) if dtype else None
+    text = extract(found.folder, found_base.folder, base, Path(output), dtype=kind, threads=threads, **how)
+    return f"extracted {text}, into {output} in {time.perf_counter() - began:.1f} s"
 
 
 def separate(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
@@ -224,7 +323,13 @@ def _words(folder: Path) -> dict[str, Any]:
 
 
 def _card(
-    title: str, method: str, given: dict[str, Any], parents: Sequence[Origin], base: Origin | None, kinship: str
+    title: str,
+    method: str,
+    given: dict[str, Any],
+    parents: Sequence[Origin],
+    base: Origin | None,
+    kinship: str = "",
+    library: str | None = None,
 ) -> str:
     from kt_hf.loading import recorded
     from kt_hf.merging import config
@@ -233,10 +338,11 @@ def _card(
     return model_card(
         title,
         task=recorded(parents[0].folder).get("task"),
-        sentence=f"A merge of {len(parents)} models by {method}, not measured. Kinship of the parents: {kinship}.",
+        sentence=f"A merge of {len(parents)} {'adapters' if library else 'models'} by {method}, not measured."
+        + (f" Kinship of the parents: {kinship}." if kinship else ""),
         base_model_relation="merge",
         parents=[(p.name, p.revision) for p in parents],
         settings={method: given, **({"base": base.name} if base else {})},
-        library_name="transformers" if config(parents[0].folder) else "open_clip",
+        library_name=library or ("transformers" if config(parents[0].folder) else "open_clip"),
         tags=["merge"],
     )

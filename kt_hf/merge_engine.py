@@ -78,7 +78,7 @@ class Fusion:
         self.jobs, self.writer, self.compute = jobs, writer, compute
         self._most = max((len(job.inputs) for job in jobs.values() if not job.whole), default=0)
         self._own = threading.local()
-        self._memory = _Memory(max([SLACK, *(self._bytes(u) for u in self.units() if u.whole)]))
+        self._memory = Memory(max([SLACK, *(self._bytes(u) for u in self.units() if u.whole)]))
 
     def units(self) -> Iterator[Unit]:
         for name, spec in self.writer.specs.items():
@@ -94,7 +94,7 @@ class Fusion:
         left = [0] * len(self.writer.files)
         for name, spec in self.writer.specs.items():
             left[self.writer.place[name][0]] += spec.bytes
-        with _one_thread_each(threads) as workers, ThreadPoolExecutor(1) as syncer:
+        with one_thread_each(threads) as workers, ThreadPoolExecutor(1) as syncer:
             running: dict[Future[None], Unit] = {workers.submit(self.do, unit): unit for unit in self.units()}
             syncing = [syncer.submit(self.writer.sync, i) for i, size in enumerate(left) if sync and not size]
             try:
@@ -206,7 +206,7 @@ class Fusion:
         return (len(self.jobs[unit.name].inputs) + 2) * (unit.stop - unit.start) * self.compute.itemsize
 
 
-class _Memory:
+class Memory:
     """Bytes that threads may hold between them."""
 
     def __init__(self, limit: int):
@@ -226,7 +226,7 @@ class _Memory:
 
 
 @contextmanager
-def _one_thread_each(threads: int) -> Iterator[ThreadPoolExecutor]:
+def one_thread_each(threads: int) -> Iterator[ThreadPoolExecutor]:
     """Workers inside which torch uses one thread: sums do not depend on how many there are."""
     before = torch.get_num_threads()
     try:

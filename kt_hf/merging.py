@@ -249,6 +249,7 @@ def merge(
     out_dtype: torch.dtype | None = None,
     shard_bytes: int | None = None,
     stats: Sequence[Mapping[str, torch.Tensor]] = (),
+    keep_ties: bool = True,
     **options: Any,
 ) -> int:
     """Write the merged model directory: the first parent's files with merged weights. Returns the bytes of those.
@@ -256,7 +257,7 @@ def merge(
     stats: what the method has measured of every parent. out_dtype, shard_bytes, options: as `write` has them; by
     default one file where the first parent is one.
     """
-    jobs = plan(method, parents, base, stats)
+    jobs = plan(method, parents, base, stats, keep_ties)
     like = parents.folders[parents.first]
     sources = weight_files(like)
     single = sources[0].name if len(sources) == 1 else "model.safetensors"
@@ -272,16 +273,18 @@ def plan(
     parents: Parents,
     base: Parents | None,
     stats: Sequence[Mapping[str, torch.Tensor]] = (),
+    keep_ties: bool = True,
 ) -> dict[str, Job]:
     """What becomes of each tensor where one method merges all of them: a head that is kept stays as it is, and one that
-    the base does not have is the parents' mean."""
+    the base does not have is the parents' mean. keep_ties: what is a copy of another tensor in all parents stays one.
+    """
     start = base_tensors(parents, base) if base is not None else {}
     _check_buffers(parents)
     labels, shared = _distinct(parents.labels), parents.shared
     if base is not None and (lacks := [n for n in shared if n not in start]):
         shown = ", ".join(lacks[:4]) + (f" and {len(lacks) - 4} more" if len(lacks) > 4 else "")
         logger.warning("the base '%s' has no such head: the parents' mean is taken of %s", base.labels[0], shown)
-    twins = _twins([{n: m[n] for n in shared} for m in parents.models])
+    twins = _twins([{n: m[n] for n in shared} for m in parents.models]) if keep_ties else {}
     mean = WeightedMean([1.0] * len(parents.models))
     jobs = {}
     for name, tensor in parents.models[parents.first].items():
@@ -334,8 +337,8 @@ def write(
         Spec(n, out_dtype if out_dtype and job.like.is_floating_point() else job.like.dtype, tuple(job.like.shape))
         for n, job in jobs.items()
     ]
-    with checkpoint.disk(folder), _staged(folder) as staged:
-        _copy_files(like, staged, out_dtype)
+    with checkpoint.disk(folder), written_aside(folder) as staged:
+        copy_files(like, staged, out_dtype)
         writer = Writer(staged, specs, single, shard_bytes)
         progress = Bytes(f"merging into {folder.name}", writer.total)
         try:
@@ -357,35 +360,41 @@ def _distinct(labels: Sequence[str]) -> list[str]:
 
 
 @contextmanager
-def _staged(folder: Path) -> Iterator[Path]:
-    """A folder beside that becomes `folder` if all goes well, in place of what is there. What a killed process left is
-    removed by the next; two at once are kept apart by a lock of the kernel."""
-    staged = folder.with_name(f".{folder.name}.partial")
-    staged.mkdir(parents=True, exist_ok=True)
-    handle = os.open(staged, os.O_RDONLY)
+def written_aside(folder: Path) -> Iterator[Path]:
+    """A folder beside that becomes `folder` if all goes well, in place of what is there."""
+    with hidden(folder.with_name(f".{folder.name}.partial"), folder) as staged:
+        yield staged
+        checkpoint.fsync_folder(staged)
+        shutil.rmtree(folder, ignore_errors=True)
+        staged.rename(folder)
+        checkpoint.fsync_folder(folder.parent)
+
+
+@contextmanager
+def hidden(room: Path, folder: Path) -> Iterator[Path]:
+    """An empty folder for making `folder`, which is gone on leaving unless it was renamed. What a killed process left
+    is removed by the next; two at once are kept apart by a lock of the kernel."""
+    room.mkdir(parents=True, exist_ok=True)
+    handle = os.open(room, os.O_RDONLY)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.stat(staged).st_ino != os.fstat(handle).st_ino:
+            if os.stat(room).st_ino != os.fstat(handle).st_ino:
                 raise BlockingIOError(errno.EWOULDBLOCK, "another process has just finished")
         except (BlockingIOError, FileNotFoundError) as error:
             raise RecipeError(f"another merge writes {folder}", "wait for it, or name another folder") from error
-        for path in staged.iterdir():
+        for path in room.iterdir():
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         try:
-            yield staged
-            checkpoint.fsync_folder(staged)
-            shutil.rmtree(folder, ignore_errors=True)
-            staged.rename(folder)
-            checkpoint.fsync_folder(folder.parent)
-        except BaseException:
-            shutil.rmtree(staged, ignore_errors=True)
-            raise
+            yield room
+        finally:
+            if room.exists() and os.stat(room).st_ino == os.fstat(handle).st_ino:  # else renamed; another's by now
+                shutil.rmtree(room, ignore_errors=True)
     finally:
         os.close(handle)
 
 
-def _copy_files(first: Path, folder: Path, out_dtype: torch.dtype | None) -> None:
+def copy_files(first: Path, folder: Path, out_dtype: torch.dtype | None) -> None:
     """Configuration, tokenizer and what else a parent's folder holds, but no weights, no index of them, and no card."""
     for path in first.iterdir():
         weights = path.suffix in _OTHER_WEIGHTS or path.name.endswith(".index.json")

@@ -38,7 +38,7 @@ from kt_hf.errors import NonFiniteError, RecipeError
 from kt_hf.facts import Run
 from kt_hf.feed import training_rows
 from kt_hf.loader import Plan, Rows, Windows, load_batches
-from kt_hf.loading import local, recorded
+from kt_hf.loading import is_adapter, local, recorded
 from kt_hf.progress import title
 from kt_hf.recipe import Ensemble, Evaluate, Merge, Model, Stage, Train, Training
 from kt_hf.task import FACTS, Loaded, Scores
@@ -328,10 +328,11 @@ def _merge(context: Context, stage: Merge, seed: int, folder: Path) -> dict[str,
     from kt_hf.runner import parents as find_parents
 
     task, info, accelerator = context.task(stage), context.info(stage), context.accelerator
-    names, models = find_parents(context, stage, seed)
+    names, given = find_parents(context, stage, seed)
     method = build("merge", stage.method, stage, context.settings)
     started = time.perf_counter()
     head = heads.place(stage.head, names) if stage.head is not None else None
+    models = _fold(context, stage, given, folder / ".folded")
     loaded = task.load(models[head or 0], info)
     if head is None:
         _check_kinship(task, loaded, models, names, info)
@@ -387,23 +388,25 @@ def _merge(context: Context, stage: Merge, seed: int, folder: Path) -> dict[str,
         if accelerator.is_main_process:
             save_model(task, loaded, folder / "model", described(context, stage))
     seconds = time.perf_counter() - started
-    found = beside.measure(context, stage, loaded, names, models, folder)
-    falls_back = stage.fallback is not None and found.loses
+    figures = beside.measure(context, stage, loaded, names, models, folder)
+    falls_back = stage.fallback is not None and figures.loses
     if falls_back:
-        kept = names.index(found.names[found.best or 0])
+        kept = names.index(figures.names[figures.best or 0])
         _keep_parent(context, stage, parent_folders[kept], folder)
         loaded = task.load(Model(path=str(folder / "model")), info)
+    if accelerator.is_main_process:
+        shutil.rmtree(folder / ".folded", ignore_errors=True)
     facts = measured(context, stage, loaded, folder, loaded.model)
     total = sum(p.numel() for p in loaded.model.parameters())
     facts["cost"].update(seconds=seconds, total_parameters=total, trained_parameters=0, optimizer_steps=0)
-    summary = {**method.summary(), "validation_scores": merge_run.scores, **found.summary(falls_back)}
+    summary = {**method.summary(), "validation_scores": merge_run.scores, **figures.summary(falls_back)}
     summary["kinship of the parents"] = kinship.summary()
-    facts.update(found.absent, kinship=kinship.rows())
+    facts.update(figures.absent, kinship=kinship.rows())
     facts.update(
         summary=summary,
         lineage={
             "parents": names,
-            "revisions": _revisions(names, models),
+            "revisions": _revisions(names, given),
             "method": grammar.named(stage.method)[0],
             **({"base": str(stage.base.path)} if stage.base else {}),
         },
@@ -473,6 +476,21 @@ def check_data(context: Context, stage: Merge) -> None:
         measuring.refuse_lacking_loss(where, name, context.task(stage), info, "validation")
     asked = [_asked_on(context, stage, i) for i in range(len(stage.models))]
     measuring.refuse_lacking_data(where, name, method, asked)
+
+
+def _fold(context: Context, stage: Merge, models: list[Model], room: Path) -> list[Model]:
+    """The parents as full models: adapters are written into `room` with their bases, as the task loads them."""
+    task, accelerator, full = context.task(stage), context.accelerator, []
+    if accelerator.is_main_process:
+        shutil.rmtree(room, ignore_errors=True)
+    for i, model in enumerate(models):
+        if is_adapter(model):
+            if accelerator.is_main_process:
+                save_model(task, task.load(model, context.info(stage)), room / str(i), described(context, stage))
+            model = Model(path=str(room / str(i)))
+        full.append(model)
+    accelerator.wait_for_everyone()
+    return full
 
 
 def _revisions(names: list[str], models: list[Model]) -> dict[str, str]:
