@@ -5,7 +5,7 @@ Shapes: M parents.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -45,6 +45,10 @@ class MergeMethod:
         """The merged tensor from the parents' (float32, same shape) and the base's, in their dtype: float64 where the
         user asked for it. Called from several threads, and in any order of names."""
         raise NotImplementedError
+
+    def for_tensors(self, names: Sequence[str]) -> Mapping[str, MergeMethod]:
+        """name -> the method that merges that tensor: this one, unless its settings vary (kt_hf/layerwise.py)."""
+        return dict.fromkeys(names, self)
 
     def summary(self) -> dict[str, Any]:
         """What `fit` decided, for the report."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kt_hf import registry, settings
+from kt_hf import registry
 from kt_hf.errors import Collector, IntegrityError, RecipeError, nearest
 from kt_hf.overrides import parse_override
 from kt_hf.tensor_files import read_size
@@ -106,13 +106,14 @@ def _check_words(dtype: str | None, compute: str, threads: int | None) -> None:
 
 def _build(name: str, given: dict[str, Any], models: Sequence[str], base: str | None) -> Any:
     """The method with its settings, if it can do without data."""
-    cls: Any = registry.load("merge", name)
-    collect = Collector()
-    valid = settings.validate(cls, given, name, collect)
-    collect.raise_if_any()
+    from kt_hf import layerwise
     from kt_hf.merge import check_parents
 
-    method = cls(**valid)
+    cls: Any = registry.load("merge", name)
+    collect = Collector()
+    valid = layerwise.validate(cls, given, name, collect)
+    collect.raise_if_any()
+    method = layerwise.build(name, cls, valid)
     if method.needs_validation:
         raise RecipeError(
             f"{name} needs validation data, which `kt-hf merge` has not",

@@ -205,12 +205,13 @@ def plan(method: MergeMethod, parents: Parents, base: Parents | None) -> dict[st
         refuse_differences(parents.labels[0], parents.models[0], base.labels[0], base.models[0], extra=True)
     _check_buffers(parents)
     twins, labels = _twins(parents.models), _distinct(parents.labels)
+    methods = method.for_tensors([n for n, t in parents.models[0].items() if t.is_floating_point()])
     jobs = {}
     for name, tensor in parents.models[0].items():
         sources = tuple(zip(labels, (m[name] for m in parents.models), strict=True))
         start = (base.labels[0], base.models[0][name]) if base is not None else None
-        merges = tensor.is_floating_point()
-        jobs[name] = Job(twins.get(name, name), sources, method if merges else None, start if merges else None)
+        merges, known = tensor.is_floating_point(), twins.get(name, name)
+        jobs[name] = Job(known, sources, methods[known] if merges else None, start if merges else None)
     return jobs
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from kt_hf import checkpoint, elastic, ensembling, evaluation, merging, randomness, registry, search, trainer
+from kt_hf import checkpoint, elastic, ensembling, evaluation, layerwise, merging, randomness, registry, search, trainer
 from kt_hf import folder as folders
 from kt_hf import recipe as grammar
 from kt_hf.bundle import Bundle
@@ -39,7 +39,9 @@ logger = logging.getLogger(__name__)
 
 def build(kind: str, item: Any, stage: Stage, settings: dict[tuple[str, str], dict[str, Any]]) -> Any:
     name, given = grammar.named(item)
-    return registry.load(kind, name)(**settings.get((stage.name, f"{kind}:{name}"), given))
+    cls: Any = registry.load(kind, name)
+    given = settings.get((stage.name, f"{kind}:{name}"), given)
+    return layerwise.build(name, cls, given) if kind == "merge" else cls(**given)
 
 
 def build_stack(stage: Train, settings: dict[tuple[str, str], dict[str, Any]]) -> dict[str, Any]:
