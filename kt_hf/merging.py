@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -29,6 +29,9 @@ from kt_hf.merge_engine import Fusion, Job, finite
 from kt_hf.progress import Bytes
 from kt_hf.tensor_files import SHARD_BYTES, Spec, Writer, open_model, weight_files
 
+if TYPE_CHECKING:
+    from kt_hf.vocabularies import Vocabulary
+
 logger = logging.getLogger(__name__)
 
 Tensors = dict[str, torch.Tensor]
@@ -40,9 +43,20 @@ _SHOWN = 20
 
 
 class Parents:
-    """The parents' tensors, memory-mapped for reading. Checked on opening: the same names and shapes."""
+    """The parents' tensors, memory-mapped for reading. Checked on opening: the same names and shapes.
 
-    def __init__(self, folders: Sequence[Path], names: Sequence[str]):
+    vocabulary: one that all are brought to. alike: False for parents that are not merged as wholes, whose names and
+    shapes are for the caller to check.
+    """
+
+    def __init__(
+        self,
+        folders: Sequence[Path],
+        names: Sequence[str],
+        *,
+        vocabulary: Vocabulary | None = None,
+        alike: bool = True,
+    ):
         self.folders, self.labels = list(folders), list(names)
         for folder, label in zip(self.folders, self.labels, strict=True):
             if "quantization_config" in config(folder):
@@ -50,6 +64,10 @@ class Parents:
                 raise RecipeError(f"'{label}' is quantised: its weights are no numbers that can be averaged", remedy)
         self.models = [open_model(folder) for folder in folders]
         _drop_tied_copies(self.models, config(self.folders[0]))
+        if vocabulary is not None:
+            self.models = [vocabulary.aligned(f, m) for f, m in zip(self.folders, self.models, strict=True)]
+        if not alike:
+            return
         for label, model in zip(self.labels[1:], self.models[1:], strict=True):
             refuse_differences(self.labels[0], self.models[0], label, model)
 
@@ -116,19 +134,19 @@ def _drop_tied_copies(models: Sequence[Tensors], settings: dict[str, Any]) -> No
                 del model[name]
 
 
-def _twins(models: Sequence[Tensors]) -> dict[str, str]:
+def twins(models: Sequence[Tensors]) -> dict[str, str]:
     """Names of matrices that are copies of another in every model -> that one: a method that goes by the name, as those
     do that draw at random, must not part what is tied."""
     found: dict[tuple[Any, ...], str] = {}
-    twins = {}
+    copies = {}
     for name, tensor in models[0].items():
         if tensor.dim() < 2 or not tensor.numel() or not tensor.is_floating_point():
             continue
         beginnings = [bytes(m[name].reshape(-1)[:64].view(torch.uint8).tolist()) for m in models]
         other = found.setdefault((tensor.shape, *beginnings), name)
         if other != name and all(_same(m[name], m[other]) for m in models):
-            twins[name] = other
-    return twins
+            copies[name] = other
+    return copies
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -188,15 +206,21 @@ def merge(
     out_dtype, shard_bytes, options: as `write` has them; by default one file where the first parent is one.
     """
     jobs = plan(method, parents, base)
-    sources = weight_files(parents.folders[0])
+    single, shard_bytes = layout(parents.folders[0], shard_bytes)
+    return write(
+        jobs, parents.folders[0], folder, out_dtype=out_dtype, single=single, shard_bytes=shard_bytes, **options
+    )
+
+
+def layout(like: Path, shard_bytes: int | None) -> tuple[str, int | None]:
+    """(name of a single file, bytes of a shard) of a model like another, where nothing else was said."""
+    sources = weight_files(like)
     single = sources[0].name if len(sources) == 1 else "model.safetensors"
     if shard_bytes is None and len(sources) > 1:
         shard_bytes = SHARD_BYTES
     if single == "open_clip_model.safetensors":
         shard_bytes = None  # its readers know no shards
-    return write(
-        jobs, parents.folders[0], folder, out_dtype=out_dtype, single=single, shard_bytes=shard_bytes, **options
-    )
+    return single, shard_bytes
 
 
 def plan(method: MergeMethod, parents: Parents, base: Parents | None) -> dict[str, Job]:
@@ -204,13 +228,13 @@ def plan(method: MergeMethod, parents: Parents, base: Parents | None) -> dict[st
     if base is not None:
         refuse_differences(parents.labels[0], parents.models[0], base.labels[0], base.models[0], extra=True)
     _check_buffers(parents)
-    twins, labels = _twins(parents.models), _distinct(parents.labels)
+    tied, labels = twins(parents.models), _distinct(parents.labels)
     methods = method.for_tensors([n for n, t in parents.models[0].items() if t.is_floating_point()])
     jobs = {}
     for name, tensor in parents.models[0].items():
         sources = tuple(zip(labels, (m[name] for m in parents.models), strict=True))
         start = (base.labels[0], base.models[0][name]) if base is not None else None
-        merges, known = tensor.is_floating_point(), twins.get(name, name)
+        merges, known = tensor.is_floating_point(), tied.get(name, name)
         jobs[name] = Job(known, sources, methods[known] if merges else None, start if merges else None)
     return jobs
 
@@ -226,20 +250,21 @@ def write(
     shard_bytes: int | None = None,
     threads: int | None = None,
     sync: bool = True,
-    files: Mapping[str, str] | None = None,
+    files: Mapping[str, str | bytes | None] | None = None,
+    configure: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
 ) -> int:
     """Write a model directory: tensors as the jobs say, and the other files of `like`. Returns the weights' bytes.
 
     out_dtype: of what is a floating point number; default: what a job's first source has. shard_bytes: of a file at
-    most; default: one file, `single`. threads: default as torch's. sync: outlast a loss of power. files: texts to write
-    beside, or in place of others, by name.
+    most; default: one file, `single`. threads: default as torch's. sync: outlast a loss of power. files: contents to
+    write beside, or in place of others, by name; None leaves one out. configure: what becomes of config.json.
     """
     specs = [
         Spec(n, out_dtype if out_dtype and job.like.is_floating_point() else job.like.dtype, tuple(job.like.shape))
         for n, job in jobs.items()
     ]
     with checkpoint.disk(folder), _staged(folder) as staged:
-        _copy_files(like, staged, out_dtype)
+        _copy_files(like, staged, out_dtype, configure)
         writer = Writer(staged, specs, single, shard_bytes)
         progress = Bytes(f"merging into {folder.name}", writer.total)
         try:
@@ -248,8 +273,11 @@ def write(
         finally:
             progress.close()
             writer.close()
-        for name, text in (files or {}).items():
-            (staged / name).write_text(text)
+        for name, content in (files or {}).items():
+            if content is None:
+                (staged / name).unlink(missing_ok=True)
+            else:
+                (staged / name).write_bytes(content.encode() if isinstance(content, str) else content)
         return writer.total
 
 
@@ -287,7 +315,12 @@ def _staged(folder: Path) -> Iterator[Path]:
         os.close(handle)
 
 
-def _copy_files(first: Path, folder: Path, out_dtype: torch.dtype | None) -> None:
+def _copy_files(
+    first: Path,
+    folder: Path,
+    out_dtype: torch.dtype | None,
+    configure: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+) -> None:
     """Configuration, tokenizer and what else a parent's folder holds, but no weights, no index of them, and no card."""
     for path in first.iterdir():
         weights = path.suffix in _OTHER_WEIGHTS or path.name.endswith(".index.json")
@@ -300,8 +333,10 @@ def _copy_files(first: Path, folder: Path, out_dtype: torch.dtype | None) -> Non
             if path.is_file():
                 (folder / path.parent.name).mkdir(exist_ok=True)
                 shutil.copyfile(path, folder / path.parent.name / path.name)
-    if out_dtype is not None and (settings := config(folder)):
-        _set_dtype(settings, str(out_dtype).removeprefix("torch."))
+    if (out_dtype is not None or configure is not None) and (settings := config(folder)):
+        settings = configure(settings) if configure is not None else settings
+        if out_dtype is not None:
+            _set_dtype(settings, str(out_dtype).removeprefix("torch."))
         (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
