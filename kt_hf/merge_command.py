@@ -39,11 +39,14 @@ def merge(
     compute: str = "float32",
     max_shard_size: str | int | None = None,
     threads: int | None = None,
+    vocabulary: str = "equal",
+    new_rows: str = "average",
 ) -> str:
     """Merge models into a new folder; returns a line on what was done.
 
     method, given: a registered merge and its settings. models, base: folders or Hub ids. dtype: of the result; default:
     the first parent's. compute: float32 or float64. max_shard_size: such as `5GB`. threads: default as torch's.
+    vocabulary, new_rows: what is done where tokenizers differ; see kt_hf/vocabularies.py.
 
     Raises:
         RecipeError: mistakes in what was asked for, parents that do not fit each other, an output that exists.
@@ -51,22 +54,24 @@ def merge(
     """
     import torch
 
-    from kt_hf import merging
+    from kt_hf import merging, vocabularies
 
     output = Path(output)
-    _check_words(dtype, compute, threads)
+    check_words(dtype, compute, threads)
     shard_bytes = read_size(max_shard_size) if max_shard_size is not None else None
     built = _build(method, given or {}, models, base)
-    if output.exists() or output.is_symlink():
-        raise RecipeError(f"the output '{output}' exists", "name a folder that does not, or remove it")
-    parents = [_find(name) for name in models]
-    found_base = _find(base) if base is not None else None
-    _refuse_other_meanings([*parents, *([found_base] if found_base else [])], len(parents))
+    refuse_existing(output)
+    parents = [find(name) for name in models]
+    found_base = find(base) if base is not None else None
+    everyone = [*parents, *([found_base] if found_base else [])]
+    policies = "bring them to one vocabulary: --vocabulary union, first, or the name of a model"
+    refuse_other_meanings(everyone, len(parents), words=policies if vocabulary == "equal" else None)
     names = [p.name for p in parents]
-    with merging.Parents([p.folder for p in parents], names) as opened:
+    found: Any = vocabularies.choose(vocabulary, [(o.name, o.folder) for o in everyone], base, rows=new_rows)
+    with merging.Parents([p.folder for p in parents], names, vocabulary=found) as opened:
         built.fit(merging.MergeRun(len(parents), names, True, _without_data))
         began = time.perf_counter()
-        opened_base = merging.Parents([found_base.folder], [found_base.name]) if found_base else None
+        opened_base = merging.Parents([found_base.folder], [found_base.name], vocabulary=found) if found_base else None
         size = merging.merge(
             built,
             opened,
@@ -76,7 +81,11 @@ def merge(
             compute=getattr(torch, compute),
             shard_bytes=shard_bytes,
             threads=threads,
-            files={"README.md": _card(output.name, method, given or {}, parents, found_base)},
+            files={
+                **(found.files if found else {}),
+                "README.md": card(output.name, method, given or {}, parents, found_base),
+            },
+            configure=found.configured if found else None,
         )
     seconds = time.perf_counter() - began
     return f"merged {len(parents)} models by {method} into {output}: {size / 1e9:.3g} GB in {seconds:.1f} s"
@@ -95,13 +104,18 @@ def separate(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     return models, given
 
 
-def _check_words(dtype: str | None, compute: str, threads: int | None) -> None:
+def check_words(dtype: str | None, compute: str, threads: int | None) -> None:
     if dtype is not None and dtype not in FLOATS:
         raise RecipeError(f"--dtype {dtype} is none that a merge writes", nearest(dtype, FLOATS))
     if compute not in ("float32", "float64"):
         raise RecipeError(f"merges are not computed in {compute}", nearest(compute, ("float32", "float64")))
     if threads is not None and threads < 1:
         raise RecipeError(f"--threads {threads} is no number of threads", "give 1 or more")
+
+
+def refuse_existing(output: Path) -> None:
+    if output.exists() or output.is_symlink():
+        raise RecipeError(f"the output '{output}' exists", "name a folder that does not, or remove it")
 
 
 def _build(name: str, given: dict[str, Any], models: Sequence[str], base: str | None) -> Any:
@@ -130,7 +144,8 @@ def _without_data(weights: Sequence[float]) -> float:
     )
 
 
-def _find(name: str) -> Origin:
+def find(name: str, revision: str | None = None) -> Origin:
+    """A folder, or what the Hub has under an id."""
     folder = Path(name)
     if folder.is_dir():
         return Origin(name, folder, None)
@@ -139,23 +154,25 @@ def _find(name: str) -> Origin:
     from kt_hf.loading import local
     from kt_hf.recipe import Model
 
-    found = local(Model(path=name))
+    found = local(Model(path=name, revision=revision))
     return Origin(name, Path(str(found.path)), found.revision)
 
 
-def _refuse_other_meanings(models: Sequence[Origin], parents: int) -> None:
+def refuse_other_meanings(models: Sequence[Origin], parents: int, words: str | None) -> None:
     """Weights of one shape may mean different things: another kind of model, other labels, other words. A base need not
-    have the parents' labels."""
+    have the parents' labels. words: what to do about other vocabularies; None where they are brought together."""
     first = models[0]
     for i, other in enumerate(models[1:], 1):
         mine, theirs = _meaning(first.folder), _meaning(other.folder)
-        if not _same_file(first.folder / _TOKENIZER, other.folder / _TOKENIZER):
+        if words is not None and not _same_file(first.folder / _TOKENIZER, other.folder / _TOKENIZER):
             mine, theirs = mine | _words(first.folder), theirs | _words(other.folder)
         for key in mine.keys() & theirs.keys():
             if mine[key] != theirs[key] and (i < parents or key != "labels"):
                 raise RecipeError(
                     f"'{first.name}' and '{other.name}' differ in their {key}",
-                    "merge models of one architecture, with the same labels and vocabulary",
+                    words
+                    if words is not None and key in ("vocabulary", "special tokens")
+                    else "merge models of one architecture, with the same labels and vocabulary",
                 )
 
 
@@ -188,7 +205,7 @@ def _words(folder: Path) -> dict[str, Any]:
         raise IntegrityError(f"{path} cannot be read ({type(error).__name__})", "fetch this model again") from error
 
 
-def _card(title: str, method: str, given: dict[str, Any], parents: Sequence[Origin], base: Origin | None) -> str:
+def card(title: str, method: str, given: dict[str, Any], parents: Sequence[Origin], base: Origin | None) -> str:
     from kt_hf.loading import recorded
     from kt_hf.merging import config
     from kt_hf.model_card import model_card
