@@ -67,7 +67,7 @@ def merge(
     policies = "bring them to one vocabulary: --vocabulary union, first, or the name of a model"
     refuse_other_meanings(everyone, len(parents), words=policies if vocabulary == "equal" else None)
     names = [p.name for p in parents]
-    found: Any = vocabularies.choose(vocabulary, [(o.name, o.folder) for o in everyone], base, rows=new_rows)
+    found = vocabularies.choose(vocabulary, [(o.name, o.folder) for o in everyone], base, rows=new_rows)
     with merging.Parents([p.folder for p in parents], names, vocabulary=found) as opened:
         built.fit(merging.MergeRun(len(parents), names, True, _without_data))
         began = time.perf_counter()
@@ -81,11 +81,7 @@ def merge(
             compute=getattr(torch, compute),
             shard_bytes=shard_bytes,
             threads=threads,
-            files={
-                **(found.files if found else {}),
-                "README.md": card(output.name, method, given or {}, parents, found_base),
-            },
-            configure=found.configured if found else None,
+            files={"README.md": card(output.name, method, given or {}, parents, found_base)},
         )
     seconds = time.perf_counter() - began
     return f"merged {len(parents)} models by {method} into {output}: {size / 1e9:.3g} GB in {seconds:.1f} s"

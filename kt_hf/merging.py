@@ -57,7 +57,7 @@ class Parents:
         vocabulary: Vocabulary | None = None,
         alike: bool = True,
     ):
-        self.folders, self.labels = list(folders), list(names)
+        self.folders, self.labels, self.vocabulary = list(folders), list(names), vocabulary
         for folder, label in zip(self.folders, self.labels, strict=True):
             if "quantization_config" in config(folder):
                 remedy = "merge the models as they were before they were quantised"
@@ -199,16 +199,27 @@ def merge(
     *,
     out_dtype: torch.dtype | None = None,
     shard_bytes: int | None = None,
+    files: Mapping[str, str | bytes | None] | None = None,
     **options: Any,
 ) -> int:
-    """Write the merged model directory: the first parent's files with merged weights. Returns the bytes of those.
+    """Write the merged model directory: the first parent's files, or those of the parents' common vocabulary, with
+    merged weights. Returns the bytes of those.
 
-    out_dtype, shard_bytes, options: as `write` has them; by default one file where the first parent is one.
+    out_dtype, shard_bytes, files, options: as `write` has them; by default one file where the first parent is one.
     """
     jobs = plan(method, parents, base)
     single, shard_bytes = layout(parents.folders[0], shard_bytes)
+    common = parents.vocabulary
     return write(
-        jobs, parents.folders[0], folder, out_dtype=out_dtype, single=single, shard_bytes=shard_bytes, **options
+        jobs,
+        parents.folders[0],
+        folder,
+        out_dtype=out_dtype,
+        single=single,
+        shard_bytes=shard_bytes,
+        files={**(common.files if common else {}), **(files or {})},
+        configure=common.configured if common else None,
+        **options,
     )
 
 

@@ -61,13 +61,9 @@ def choose(
     Raises `RecipeError` for a policy that there is not, and for parents of which it gives no vocabulary.
     """
     names = [name for name, _ in parents]
+    check(policy, names, base, rows)
     if policy == "equal":
         return None
-    if policy not in (*POLICIES, *names) or (policy == "base" and base is None):
-        valid = [p for p in POLICIES if p != "base" or base is not None]
-        raise RecipeError(f"there is no vocabulary '{policy}'", nearest(policy, [*valid, *names]))
-    if rows not in ROWS:
-        raise RecipeError(f"new rows of a vocabulary are not made by '{rows}'", nearest(rows, ROWS))
     tokenizers = {name: _tokenizer(name, folder) for name, folder in parents}
     owner = {"union": names[0], "first": names[0], "base": str(base)}.get(policy, policy)
     found = Vocabulary(parents, tokenizers, owner, base, rows, multiple_of)
@@ -76,6 +72,15 @@ def choose(
     if policy == "union":
         found.unite()
     return found
+
+
+def check(policy: str, names: Sequence[str], base: str | None, rows: str) -> None:
+    """Refuse a policy that there is not for parents of these names."""
+    valid = [*(p for p in POLICIES if p != "base" or base is not None), *names]
+    if policy not in valid:
+        raise RecipeError(f"there is no vocabulary '{policy}'", nearest(policy, valid))
+    if rows not in ROWS:
+        raise RecipeError(f"new rows of a vocabulary are not made by '{rows}'", nearest(rows, ROWS))
 
 
 def _tokenizer(name: str, folder: Path) -> Any:

@@ -318,7 +318,7 @@ def test_half_precision_and_several_threads_give_the_same_bits(tmp_path, parents
         with merging.Parents([parents / n for n in names], names, vocabulary=vocabulary) as opened:
             merging.merge(
                 merging.WeightedMean([1, 1]), opened, None, tmp_path / str(threads), out_dtype=torch.bfloat16,
-                threads=threads, files=vocabulary.files, configure=vocabulary.configured,
+                threads=threads,
             )  # fmt: skip
     one, three = ((tmp_path / str(i) / "model.safetensors").read_bytes() for i in (1, 3))
     assert one == three
