@@ -260,6 +260,9 @@ class Train(Stage):
 class Merge(Stage):
     """Merges models in weight space. Over one seeded stage it takes all seeds as parents; over several, seed i of
     each.
+
+    vocabulary: where the parents' tokenizers differ, `union`, `first`, `base` or one of `models`; new_rows: what a
+    parent gets for a token that it has not, `average` or `copy` (docs/merging.md).
     """
 
     verb = "merge"
@@ -277,6 +280,8 @@ class Merge(Stage):
         compare: list[str] | None = None,
         when_used: bool = False,
         push_to_hub: str | None = None,
+        vocabulary: str = "equal",
+        new_rows: Literal["average", "copy"] = "average",
         **unknown: Any,
     ): ...
 

@@ -17,7 +17,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from kt_hf import checkpoint, elastic, ensembling, evaluation, layerwise, merging, randomness, registry, search, trainer
+from kt_hf import (
+    checkpoint,
+    elastic,
+    ensembling,
+    evaluation,
+    layerwise,
+    merging,
+    randomness,
+    registry,
+    search,
+    trainer,
+    vocabularies,
+)
 from kt_hf import folder as folders
 from kt_hf import recipe as grammar
 from kt_hf.bundle import Bundle
@@ -306,8 +318,11 @@ def _merge(context: Context, stage: Merge, seed: int, folder: Path) -> dict[str,
     method = build("merge", stage.method, stage, context.settings)
     started = time.perf_counter()
     loaded = task.load(models[0], info)
-    _check_kinship(task, loaded, models, names, info)
     base = local(context.resolve(stage.base, seed)) if stage.base is not None else None
+    known = [(n, Path(str(m.path))) for n, m in zip(names, models, strict=True)]
+    known += [("base", Path(str(base.path)))] if base is not None else []
+    common = vocabularies.choose(stage.vocabulary, known, "base" if base is not None else None, rows=stage.new_rows)
+    _check_kinship(task, loaded, models, names, info, words=common is None)
     statistics = merging.batch_statistics(loaded.model)
     if statistics and "train" not in info.splits:
         raise RecipeError(
@@ -316,11 +331,11 @@ def _merge(context: Context, stage: Merge, seed: int, folder: Path) -> dict[str,
         )
     folders = [Path(str(m.path)) for m in models]
     if base is not None:
-        with merging.Parents([*folders, Path(str(base.path))], [*names, "base"]):
+        with merging.Parents([*folders, Path(str(base.path))], [*names, "base"], vocabulary=common):
             pass  # the base has the parents' tensors
-        with merging.Parents([Path(str(base.path))], ["base"]) as start:
+        with merging.Parents([Path(str(base.path))], ["base"], vocabulary=common) as start:
             start.check_finite()
-    with merging.Parents(folders, names) as parents:
+    with merging.Parents(folders, names, vocabulary=common) as parents:
         parents.check_finite()
 
         def score(weights: list[float]) -> float:
@@ -333,7 +348,8 @@ def _merge(context: Context, stage: Merge, seed: int, folder: Path) -> dict[str,
                     merging.merge(mean, parents, None, candidate, sync=False)
                 else:
                     assert base is not None
-                    with merging.Parents([*folders, Path(str(base.path))], [*names, "base"]) as with_base:
+                    everyone = [*folders, Path(str(base.path))]
+                    with merging.Parents(everyone, [*names, "base"], vocabulary=common) as with_base:
                         merging.merge(mean, with_base, None, candidate, sync=False)
             accelerator.wait_for_everyone()
             soup = task.load(Model(path=str(candidate)), info)
@@ -351,7 +367,10 @@ def _merge(context: Context, stage: Merge, seed: int, folder: Path) -> dict[str,
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             shutil.rmtree(folder / ".candidate", ignore_errors=True)
-            with merging.Parents([Path(str(base.path))], ["base"]) if base is not None else _none() as base_parents:
+            opened = (
+                merging.Parents([Path(str(base.path))], ["base"], vocabulary=common) if base is not None else _none()
+            )
+            with opened as base_parents:
                 merging.merge(method, parents, base_parents, folder / "model")
     accelerator.wait_for_everyone()
     loaded = task.load(Model(path=str(folder / "model")), info)
@@ -386,16 +405,24 @@ def _none() -> Iterator[None]:
     yield None
 
 
-def _check_kinship(task: Any, loaded: Loaded, models: list[Model], names: list[str], info: Any) -> None:
-    """Parents must agree on what their outputs and inputs mean, not only on shapes."""
+WORDS = ("vocabulary", "vocabulary_size", "num_scores")
+"""What a task's signature says of the vocabulary."""
+
+
+def _check_kinship(
+    task: Any, loaded: Loaded, models: list[Model], names: list[str], info: Any, words: bool = True
+) -> None:
+    """Parents must agree on what their outputs and inputs mean, not only on shapes. words: on those, too."""
     first = task.signature(loaded)
     for name, model in zip(names[1:], models[1:], strict=True):
         other = task.signature(task.load(model, info))
         for key in first.keys() & other.keys():
-            if first[key] != other[key]:
+            if first[key] != other[key] and (words or key not in WORDS):
                 raise RecipeError(
                     f"'{names[0]}' and '{name}' differ in {key}",
-                    "merge models of the same labels, vocabulary and preprocessing",
+                    "bring them to one vocabulary: vocabulary=union, first, or one of the models"
+                    if key in WORDS
+                    else "merge models of the same labels, vocabulary and preprocessing",
                 )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import BERT
 from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -26,7 +27,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from kt_hf import merging, vocabularies
+from kt_hf import Data, Merge, Model, Recipe, Train, merging, run, vocabularies
 from kt_hf.cli import main
 from kt_hf.errors import RecipeError
 from kt_hf.tensor_files import open_model
@@ -324,3 +325,38 @@ def test_half_precision_and_several_threads_give_the_same_bits(tmp_path, parents
     assert one == three
     config = json.loads((tmp_path / "1" / "config.json").read_text())
     assert config["dtype"] == "bfloat16" and config["vocab_size"] == len(AutoTokenizer.from_pretrained(tmp_path / "1"))
+
+
+# --- recipes ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_merges_models_of_different_vocabularies(tmp_path):
+    """Fresh models, each with a tokenizer trained on texts of its own."""
+    data = {}
+    for name, words in (("fish", ("carp", "pike", "eel")), ("birds", ("crow", "finch", "owl"))):
+        rows = [f"a {words[i % 3]} number {i % 7},{'yes' if i % 3 else 'no'}" for i in range(24)]
+        for split in ("train", "validation", "test"):
+            path = tmp_path / name / f"{split}.csv"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("\n".join(["text,label", *rows]))
+        data[name] = Data(str(tmp_path / name))
+    model, training = Model(config="bert", config_overrides=BERT), {"max_steps": 2, "report_to": "none"}
+    trained = [Train(name, data=name, model=model, training=training) for name in data]
+
+    def recipe(**how: Any) -> Recipe:
+        return Recipe(
+            [*trained, Merge("soup", "uniform_soup", models=["@fish", "@birds"], data="fish", **how)], data=data
+        )
+
+    with pytest.raises(RecipeError, match="did you mean '@birds'"):
+        run(recipe(vocabulary="@bird"), tmp_path / "out")
+    with pytest.raises(RecipeError, match="vocabulary=union, first, or one of the models"):
+        run(recipe(), tmp_path / "plain")
+    run(recipe(vocabulary="@birds"), tmp_path / "out")
+    folders = [tmp_path / "out" / name / "model" for name in ("fish", "birds", "soup")]
+    fish, birds, soup = (AutoTokenizer.from_pretrained(folder).get_vocab() for folder in folders)
+    assert soup == birds != fish
+    table = "bert.embeddings.word_embeddings.weight"
+    one, two, found = (state(folder)[table] for folder in folders)
+    for text, i in soup.items():
+        torch.testing.assert_close(found[i], (one[fish[text]] + two[i]) / 2 if text in fish else two[i])
