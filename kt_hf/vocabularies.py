@@ -142,7 +142,7 @@ class Vocabulary:
                 )
             for _, token in sorted(tokenizer.added_tokens_decoder.items()):
                 if token.content not in united.get_vocab():
-                    united.add_tokens([token], special_tokens=token.special)
+                    united.add_tokens([token])
         self.tokens = united.get_vocab()
         with tempfile.TemporaryDirectory() as place:
             united.save_pretrained(place)

@@ -151,7 +151,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "merge_method": "passthrough",
         "slices": [
             part(("a", 0, 3)),
-            part(("deep", 2, 6), parameters={"scale": [{"filter": "o_proj", "value": 0.5}, {"value": 1.0}]}),
+            part(
+                ("deep", 2, 6),
+                parameters={
+                    "scale": [
+                        {"filter": "o_proj", "value": 0.5},
+                        {"filter": "layers.5.mlp", "value": 2},
+                        {"value": 1.0},
+                    ]
+                },
+            ),
             part(("a", 1, 4)),
         ],
     },
@@ -246,6 +255,7 @@ def test_slices_are_renumbered_and_keep_what_stands_around_them(tmp_path, here):
     for i, (model, layer) in enumerate(origin):
         for name in ("mlp.up_proj", "self_attn.o_proj"):
             scale = 0.5 if model is deep and name.endswith("o_proj") else 1
+            scale = 2 if model is deep and name.startswith("mlp") and layer == 5 else scale  # as it is called there
             there = model[f"model.layers.{layer}.{name}.weight"]
             assert torch.equal(found[f"model.layers.{i}.{name}.weight"], scale * there)
     assert torch.equal(found["lm_head.weight"], a["lm_head.weight"])
