@@ -455,6 +455,12 @@ def _plugins_of(stage: Stage) -> list[tuple[str, Any, str]]:
     return found
 
 
+def _layerwise() -> Any:
+    from kt_hf import layerwise  # it imports torch, as merges do
+
+    return layerwise.validate
+
+
 def check_plugins(recipe: Recipe, collect: Collector) -> dict[tuple[str, str], dict[str, Any]]:
     """Import the plugins that the recipe names and validate their settings against their signatures.
 
@@ -466,7 +472,8 @@ def check_plugins(recipe: Recipe, collect: Collector) -> dict[tuple[str, str], d
             name, given = named(item)
             with collect():
                 plugin = registry.load(kind, name)
-                checked[stage.name, f"{kind}:{name}"] = settings.validate(plugin, given, f"{where}.{name}", collect)
+                validate = _layerwise() if kind == "merge" else settings.validate
+                checked[stage.name, f"{kind}:{name}"] = validate(plugin, given, f"{where}.{name}", collect)
         if isinstance(stage, Train):
             search.check_strategies(stage, checked, collect)
     return checked

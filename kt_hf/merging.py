@@ -32,6 +32,7 @@ from kt_hf.tensor_files import SHARD_BYTES, Spec, Writer, open_model, weight_fil
 
 if TYPE_CHECKING:
     from kt_hf.measuring import Parent
+    from kt_hf.vocabularies import Vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -47,18 +48,31 @@ class Parents:
     """The parents' tensors, memory-mapped for reading. Checked on opening: the same names and shapes.
 
     head: the place of the parent whose head is kept, where the others' may differ; the result then has its names,
-    configuration and files, which are otherwise those of the first.
+    configuration and files, which are otherwise those of the first. vocabulary: one that all are brought to. alike:
+    False for parents that are not merged as wholes, whose names and shapes are for the caller to check.
     """
 
-    def __init__(self, folders: Sequence[Path], names: Sequence[str], head: int | None = None):
-        self.folders, self.labels, self.first = list(folders), list(names), head or 0
+    def __init__(
+        self,
+        folders: Sequence[Path],
+        names: Sequence[str],
+        head: int | None = None,
+        *,
+        vocabulary: Vocabulary | None = None,
+        alike: bool = True,
+    ):
+        self.folders, self.labels, self.first, self.vocabulary = list(folders), list(names), head or 0, vocabulary
         for folder, label in zip(self.folders, self.labels, strict=True):
             if "quantization_config" in config(folder):
                 remedy = "merge the models as they were before they were quantised"
                 raise RecipeError(f"'{label}' is quantised: its weights are no numbers that can be averaged", remedy)
         self.models = [open_model(folder) for folder in folders]
         _drop_tied_copies(self.models, config(self.folders[self.first]))
+        if vocabulary is not None:
+            self.models = [vocabulary.aligned(f, m) for f, m in zip(self.folders, self.models, strict=True)]
         self.kept: set[str] = set()
+        if not alike:
+            return
         if head is not None:
             self._keep_head()
         shared = self.shared
@@ -160,19 +174,19 @@ def _drop_tied_copies(models: Sequence[Tensors], settings: dict[str, Any]) -> No
                 del model[name]
 
 
-def _twins(models: Sequence[Tensors]) -> dict[str, str]:
+def twins(models: Sequence[Tensors]) -> dict[str, str]:
     """Names of matrices that are copies of another in every model -> that one: a method that goes by the name, as those
     do that draw at random, must not part what is tied."""
     found: dict[tuple[Any, ...], str] = {}
-    twins = {}
+    copies = {}
     for name, tensor in models[0].items():
         if tensor.dim() < 2 or not tensor.numel() or not tensor.is_floating_point():
             continue
         beginnings = [bytes(m[name].reshape(-1)[:64].view(torch.uint8).tolist()) for m in models]
         other = found.setdefault((tensor.shape, *beginnings), name)
         if other != name and all(_same(m[name], m[other]) for m in models):
-            twins[name] = other
-    return twins
+            copies[name] = other
+    return copies
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -250,22 +264,40 @@ def merge(
     shard_bytes: int | None = None,
     stats: Sequence[Mapping[str, torch.Tensor]] = (),
     keep_ties: bool = True,
+    files: Mapping[str, str | bytes | None] | None = None,
     **options: Any,
 ) -> int:
-    """Write the merged model directory: the first parent's files with merged weights. Returns the bytes of those.
+    """Write the merged model directory: the first parent's files, or those of the parents' common vocabulary, with
+    merged weights. Returns the bytes of those.
 
-    stats: what the method has measured of every parent. out_dtype, shard_bytes, options: as `write` has them; by
+    stats: what the method has measured of every parent. out_dtype, shard_bytes, files, options: as `write` has them; by
     default one file where the first parent is one.
     """
     jobs = plan(method, parents, base, stats, keep_ties)
-    like = parents.folders[parents.first]
+    like, common = parents.folders[parents.first], parents.vocabulary
+    single, shard_bytes = layout(like, shard_bytes)
+    return write(
+        jobs,
+        like,
+        folder,
+        out_dtype=out_dtype,
+        single=single,
+        shard_bytes=shard_bytes,
+        files={**(common.files if common else {}), **(files or {})},
+        configure=common.configured if common else None,
+        **options,
+    )
+
+
+def layout(like: Path, shard_bytes: int | None) -> tuple[str, int | None]:
+    """(name of a single file, bytes of a shard) of a model like another, where nothing else was said."""
     sources = weight_files(like)
     single = sources[0].name if len(sources) == 1 else "model.safetensors"
     if shard_bytes is None and len(sources) > 1:
         shard_bytes = SHARD_BYTES
     if single == "open_clip_model.safetensors":
         shard_bytes = None  # its readers know no shards
-    return write(jobs, like, folder, out_dtype=out_dtype, single=single, shard_bytes=shard_bytes, **options)
+    return single, shard_bytes
 
 
 def plan(
@@ -284,8 +316,9 @@ def plan(
     if base is not None and (lacks := [n for n in shared if n not in start]):
         shown = ", ".join(lacks[:4]) + (f" and {len(lacks) - 4} more" if len(lacks) > 4 else "")
         logger.warning("the base '%s' has no such head: the parents' mean is taken of %s", base.labels[0], shown)
-    twins = _twins([{n: m[n] for n in shared} for m in parents.models]) if keep_ties else {}
+    tied = twins([{n: m[n] for n in shared} for m in parents.models]) if keep_ties else {}
     mean = WeightedMean([1.0] * len(parents.models))
+    methods = method.for_tensors([n for n, t in shared.items() if t.is_floating_point()])
     jobs = {}
     for name, tensor in parents.models[parents.first].items():
         if name in parents.kept or not tensor.is_floating_point():
@@ -293,7 +326,8 @@ def plan(
             continue
         sources = tuple(zip(labels, (m[name] for m in parents.models), strict=True))
         own = (base.labels[0], start[name]) if base is not None and name in start else None
-        known, how = twins.get(name, name), mean if method.needs_base and own is None else method
+        known = tied.get(name, name)
+        how = mean if method.needs_base and own is None else methods[known]
         jobs[name] = Job(known, sources, how, own, [found.get(known) for found in stats] or None)
     return jobs
 
@@ -324,21 +358,23 @@ def write(
     shard_bytes: int | None = None,
     threads: int | None = None,
     sync: bool = True,
-    files: Mapping[str, str] | None = None,
+    files: Mapping[str, str | bytes | None] | None = None,
     verify: Callable[[Path], None] | None = None,
+    configure: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
 ) -> int:
     """Write a model directory: tensors as the jobs say, and the other files of `like`. Returns the weights' bytes.
 
     out_dtype: of what is a floating point number; default: what a job's first source has. shard_bytes: of a file at
-    most; default: one file, `single`. threads: default as torch's. sync: outlast a loss of power. files: texts to write
-    beside, or in place of others, by name. verify: called with the folder before it gets its name.
+    most; default: one file, `single`. threads: default as torch's. sync: outlast a loss of power. files: contents to
+    write beside, or in place of others, by name; None leaves one out. verify: called with the folder before it gets its
+    name. configure: what becomes of config.json.
     """
     specs = [
         Spec(n, out_dtype if out_dtype and job.like.is_floating_point() else job.like.dtype, tuple(job.like.shape))
         for n, job in jobs.items()
     ]
     with checkpoint.disk(folder), written_aside(folder) as staged:
-        copy_files(like, staged, out_dtype)
+        copy_files(like, staged, out_dtype, configure)
         writer = Writer(staged, specs, single, shard_bytes)
         progress = Bytes(f"merging into {folder.name}", writer.total)
         try:
@@ -347,8 +383,11 @@ def write(
         finally:
             progress.close()
             writer.close()
-        for name, text in (files or {}).items():
-            (staged / name).write_text(text)
+        for name, content in (files or {}).items():
+            if content is None:
+                (staged / name).unlink(missing_ok=True)
+            else:
+                (staged / name).write_bytes(content.encode() if isinstance(content, str) else content)
         if verify is not None:
             verify(staged)
         return writer.total
@@ -394,7 +433,12 @@ def hidden(room: Path, folder: Path) -> Iterator[Path]:
         os.close(handle)
 
 
-def copy_files(first: Path, folder: Path, out_dtype: torch.dtype | None) -> None:
+def copy_files(
+    first: Path,
+    folder: Path,
+    out_dtype: torch.dtype | None,
+    configure: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+) -> None:
     """Configuration, tokenizer and what else a parent's folder holds, but no weights, no index of them, and no card."""
     for path in first.iterdir():
         weights = path.suffix in _OTHER_WEIGHTS or path.name.endswith(".index.json")
@@ -407,8 +451,10 @@ def copy_files(first: Path, folder: Path, out_dtype: torch.dtype | None) -> None
             if path.is_file():
                 (folder / path.parent.name).mkdir(exist_ok=True)
                 shutil.copyfile(path, folder / path.parent.name / path.name)
-    if out_dtype is not None and (settings := config(folder)):
-        _set_dtype(settings, str(out_dtype).removeprefix("torch."))
+    if (out_dtype is not None or configure is not None) and (settings := config(folder)):
+        settings = configure(settings) if configure is not None else settings
+        if out_dtype is not None:
+            _set_dtype(settings, str(out_dtype).removeprefix("torch."))
         (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 

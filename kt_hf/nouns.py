@@ -264,6 +264,8 @@ class Merge(Stage):
     base: what the parents were trained from. head: the parent, as `models` names it, whose head is kept where heads
     differ. fallback: `best_parent` takes the place of a merge that is worse than it on validation data. dtype: of the
     result; the first parent's by default. compute: what is computed in. max_shard_size: of a file, such as `5GB`.
+    vocabulary: where the parents' tokenizers differ, `union`, `first`, `base` or one of `models`; new_rows: what a
+    parent gets for a token that it has not, `average` or `copy` (docs/merging.md).
     """
 
     verb = "merge"
@@ -286,6 +288,8 @@ class Merge(Stage):
         compare: list[str] | None = None,
         when_used: bool = False,
         push_to_hub: str | None = None,
+        vocabulary: str = "equal",
+        new_rows: Literal["average", "copy"] = "average",
         **unknown: Any,
     ): ...
 

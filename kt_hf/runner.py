@@ -18,7 +18,19 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 
-from kt_hf import augmenting, range_test, registry, search, sharding, skeleton, stages, streaming, trainer, zero3
+from kt_hf import (
+    augmenting,
+    range_test,
+    registry,
+    search,
+    sharding,
+    skeleton,
+    stages,
+    streaming,
+    trainer,
+    vocabularies,
+    zero3,
+)
 from kt_hf import data as data_module
 from kt_hf import folder as folders
 from kt_hf import recipe as grammar
@@ -276,6 +288,7 @@ def _check_merge(stage: Merge, method: MergeMethod, recipe: Recipe) -> None:
         check_parents(grammar.named(stage.method)[0], method, names, base)
         if stage.max_shard_size is not None:
             read_size(stage.max_shard_size)
+        vocabularies.check(stage.vocabulary, names, "base" if base else None, stage.new_rows)
     except RecipeError as error:
         raise RecipeError(f"stages.{stage.name}: {error.cause}", error.remedy) from None
 

@@ -24,12 +24,14 @@ from kt_hf import (
     ensembling,
     evaluation,
     heads,
+    layerwise,
     measuring,
     merging,
     randomness,
     registry,
     search,
     trainer,
+    vocabularies,
 )
 from kt_hf import folder as folders
 from kt_hf import recipe as grammar
@@ -56,7 +58,9 @@ MEASURED = "measured"
 
 def build(kind: str, item: Any, stage: Stage, settings: dict[tuple[str, str], dict[str, Any]]) -> Any:
     name, given = grammar.named(item)
-    return registry.load(kind, name)(**settings.get((stage.name, f"{kind}:{name}"), given))
+    cls: Any = registry.load(kind, name)
+    given = settings.get((stage.name, f"{kind}:{name}"), given)
+    return layerwise.build(name, cls, given) if kind == "merge" else cls(**given)
 
 
 def build_stack(stage: Train, settings: dict[tuple[str, str], dict[str, Any]]) -> dict[str, Any]:
@@ -334,9 +338,12 @@ def _merge(context: Context, stage: Merge, seed: int, folder: Path) -> dict[str,
     head = heads.place(stage.head, names) if stage.head is not None else None
     models = _fold(context, stage, given, folder / ".folded")
     loaded = task.load(models[head or 0], info)
-    if head is None:
-        _check_kinship(task, loaded, models, names, info)
     base = local(context.resolve(stage.base, seed)) if stage.base is not None else None
+    named = [(n, Path(str(m.path))) for n, m in zip(names, models, strict=True)]
+    named += [("base", Path(str(base.path)))] if base is not None else []
+    common = vocabularies.choose(stage.vocabulary, named, "base" if base is not None else None, rows=stage.new_rows)
+    if head is None:
+        _check_kinship(task, loaded, models, names, info, words=common is None)
     statistics = merging.batch_statistics(loaded.model)
     if statistics and "train" not in info.splits:
         raise RecipeError(
@@ -344,8 +351,8 @@ def _merge(context: Context, stage: Merge, seed: int, folder: Path) -> dict[str,
             "give the stage data with a training split",
         )
     parent_folders = [Path(str(m.path)) for m in models]
-    start = merging.Parents([Path(str(base.path))], ["base"]) if base is not None else None
-    with merging.Parents(parent_folders, names, head) as parents:
+    start = merging.Parents([Path(str(base.path))], ["base"], vocabulary=common) if base is not None else None
+    with merging.Parents(parent_folders, names, head, vocabulary=common) as parents:
         if start is not None:
             merging.base_tensors(parents, start)
             start.check_finite()
@@ -498,16 +505,24 @@ def _revisions(names: list[str], models: list[Model]) -> dict[str, str]:
     return {name: model.revision for name, model in zip(names, models, strict=True) if model.revision}
 
 
-def _check_kinship(task: Any, loaded: Loaded, models: list[Model], names: list[str], info: Any) -> None:
-    """Parents must agree on what their outputs and inputs mean, not only on shapes."""
+WORDS = ("vocabulary", "vocabulary_size", "num_scores")
+"""What a task's signature says of the vocabulary."""
+
+
+def _check_kinship(
+    task: Any, loaded: Loaded, models: list[Model], names: list[str], info: Any, words: bool = True
+) -> None:
+    """Parents must agree on what their outputs and inputs mean, not only on shapes. words: on those, too."""
     first = task.signature(loaded)
     for name, model in zip(names[1:], models[1:], strict=True):
         other = task.signature(task.load(model, info))
         for key in first.keys() & other.keys():
-            if first[key] != other[key]:
+            if first[key] != other[key] and (words or key not in WORDS):
                 raise RecipeError(
                     f"'{names[0]}' and '{name}' differ in {key}",
-                    "merge models of the same labels, vocabulary and preprocessing",
+                    "bring them to one vocabulary: vocabulary=union, first, or one of the models"
+                    if key in WORDS
+                    else "merge models of the same labels, vocabulary and preprocessing",
                 )
 
 
