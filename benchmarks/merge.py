@@ -1,11 +1,13 @@
 """Merging three Llama checkpoints of 1 GB each in bf16, several shards: seconds against `cp` of the inputs and against
 mergekit, start-up apart, and the anonymous memory of a process that merges.
 
-    python benchmarks/merge.py [--mergekit PYTHON] [--rounds 7] [--layers 8] [--work DIR]
+    python benchmarks/merge.py [--mergekit PYTHON] [--rounds 7] [--layers 8] [--work DIR] [--methods ties della ...]
 
 PYTHON is the interpreter of an environment that has mergekit. The aims: at most 1.25 times `cp`, at least 1.5 times
 faster than mergekit, and above the memory after `import torch` at most 2 x largest tensor x models + 200 MB. By default
-a merge also waits until its bytes are on the disk, which `cp` does not: both are shown with and without.
+a merge also waits until its bytes are on the disk, which `cp` does not: both are shown with and without. With --methods
+those merges are timed instead, of three parents and their base, beside the linear one and mergekit's of the same name
+(the aim is ten times faster); their results go to a file of their own.
 """
 
 from __future__ import annotations
@@ -18,15 +20,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from ratios import compare, paired, report
 
-from kt_hf import merging
+from kt_hf import merging, registry
 from kt_hf.tensor_files import Spec, Writer
 
 PARENTS = 3
@@ -148,6 +151,79 @@ def theirs(python: str, parents: list[Path], work: Path) -> float:
     return float(next(line.split()[1] for line in done.stdout.splitlines() if line.startswith("seconds ")))
 
 
+RELATED = """
+import sys, time, json
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+output, method, base, parents = sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4:]
+said = json.loads(sys.stdin.read())
+config = {"merge_method": method, "dtype": "bfloat16", "base_model": base,
+          "models": [{"model": p, "parameters": said} for p in parents]}
+config = MergeConfiguration.model_validate(config)
+began = time.perf_counter()
+run_merge(config, output, MergeOptions(copy_tokenizer=False, quiet=True))
+print(f"seconds {time.perf_counter() - began}")
+"""
+METHODS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
+    "ties": ({"density": 0.2}, "ties", {"weight": 1.0, "density": 0.2}),
+    "breadcrumbs": ({"density": 0.9, "outliers": 0.01}, "breadcrumbs", {"weight": 1.0, "density": 0.9, "gamma": 0.01}),
+    "dare": ({"density": 0.5}, "dare_linear", {"weight": 1.0, "density": 0.5}),
+    "della": ({"density": 0.5, "epsilon": 0.2}, "della", {"weight": 1.0, "density": 0.5, "epsilon": 0.2}),
+}
+"""Ours -> our settings, and mergekit's name and settings for the same."""
+
+
+def related(method: str, given: dict[str, Any], base: Path, parents: list[Path], work: Path) -> float:
+    """Seconds of one of our merges with a base, without waiting for the disk."""
+    output = work / "ours"
+    began = time.perf_counter()
+    with merging.Parents(parents, [p.name for p in parents]) as opened, merging.Parents([base], ["base"]) as start:
+        merging.merge(registry.load("merge", method)(**given), opened, start, output, sync=False)
+    seconds = time.perf_counter() - began
+    clear(output)
+    return seconds
+
+
+def their_related(
+    python: str, method: str, given: dict[str, Any], base: Path, parents: list[Path], work: Path
+) -> float:
+    command = [python, "-c", RELATED, str(work / "theirs"), method, str(base), *map(str, parents)]
+    done = subprocess.run(command, input=json.dumps(given), check=True, capture_output=True, text=True)
+    clear(work / "theirs")
+    return float(next(line.split()[1] for line in done.stdout.splitlines() if line.startswith("seconds ")))
+
+
+def time_methods(options: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory(dir=options.work) as name:
+        work = Path(name)
+        base, *parents = [make(work / f"model{i}", i, options.layers) for i in range(PARENTS + 1)]
+        os.sync()
+        turns: dict[str, Callable[[], Any]] = {
+            "linear": functools.partial(ours, parents, work, False, torch.get_num_threads())
+        }
+        for method in options.methods:
+            given, their_name, their_given = METHODS[method]
+            turns[method] = functools.partial(related, method, given, base, parents, work)
+            if options.mergekit:
+                turns[f"mergekit {their_name}"] = functools.partial(
+                    their_related, options.mergekit, their_name, their_given, base, parents, work
+                )
+        seconds = compare(turns, options.rounds)
+    rows = []
+    for what, took in seconds.items():
+        row = {
+            "what": what,
+            "seconds": sorted(took)[len(took) // 2],
+            "ratio to linear": paired(took, seconds["linear"]),
+        }
+        theirs_name = f"mergekit {METHODS[what][1]}" if what in METHODS else ""
+        if theirs_name in seconds:
+            row["mergekit's ratio to it"] = paired(seconds[theirs_name], took)
+        rows.append(row)
+    report("merge_methods", rows, rounds=options.rounds, parents=PARENTS, merge_threads=torch.get_num_threads())
+
+
 def agreement(python: str, parents: list[Path], work: Path) -> float:
     """The largest difference between mergekit's result and ours."""
     from kt_hf.tensor_files import open_model
@@ -169,7 +245,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--work", default=tempfile.gettempdir())
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=[])
     options = parser.parse_args()
+    if options.methods:
+        time_methods(options)
+        return
     threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory(dir=options.work) as name:
         work = Path(name)

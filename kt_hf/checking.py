@@ -11,6 +11,7 @@ from kt_hf import registry, search, settings
 from kt_hf.errors import Collector, IntegrityError, RecipeError, nearest
 from kt_hf.nouns import (
     BASELINES,
+    PARENTS,
     STAGES,
     TOWERS,
     Data,
@@ -368,8 +369,9 @@ def _check_order(stages: list[Stage], collect: Collector) -> None:
             else:
                 _check_reference(stage, path, ref, other, where, collect)
         for baseline in stage.compare or []:
-            if not baseline.startswith("@") and baseline not in BASELINES:
-                remedy = nearest(baseline, [*BASELINES, *(f"@{n}" for n in earlier)])
+            known = [*BASELINES, *(PARENTS if isinstance(stage, Merge) else ())]
+            if not baseline.startswith("@") and baseline not in known:
+                remedy = nearest(baseline, [*known, *(f"@{n}" for n in earlier)])
                 collect.add(f"{where}.compare: got '{baseline}'", remedy)
         earlier[stage.name] = stage
 
@@ -453,6 +455,12 @@ def _plugins_of(stage: Stage) -> list[tuple[str, Any, str]]:
     return found
 
 
+def _layerwise() -> Any:
+    from kt_hf import layerwise  # it imports torch, as merges do
+
+    return layerwise.validate
+
+
 def check_plugins(recipe: Recipe, collect: Collector) -> dict[tuple[str, str], dict[str, Any]]:
     """Import the plugins that the recipe names and validate their settings against their signatures.
 
@@ -464,7 +472,8 @@ def check_plugins(recipe: Recipe, collect: Collector) -> dict[tuple[str, str], d
             name, given = named(item)
             with collect():
                 plugin = registry.load(kind, name)
-                checked[stage.name, f"{kind}:{name}"] = settings.validate(plugin, given, f"{where}.{name}", collect)
+                validate = _layerwise() if kind == "merge" else settings.validate
+                checked[stage.name, f"{kind}:{name}"] = validate(plugin, given, f"{where}.{name}", collect)
         if isinstance(stage, Train):
             search.check_strategies(stage, checked, collect)
     return checked

@@ -70,15 +70,48 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     one.add_argument("--task", help="default: as the model's files say")
     one.add_argument("--output", metavar="FILE", help="also write the figures as JSON")
     one = add("merge", "merge models in weight space, without a recipe")
-    one.add_argument("method", metavar="METHOD", help="name of a merge, such as uniform_soup; see `kt-hf list`")
+    one.add_argument(
+        "method", nargs="?", metavar="METHOD", help="name of a merge, such as uniform_soup; see `kt-hf list`"
+    )
     one.add_argument("settings", nargs="*", metavar="key=value", help="settings of the method; see `kt-hf show METHOD`")
-    one.add_argument("--models", nargs="+", required=True, metavar="MODEL", help="folders or Hub ids")
+    one.add_argument("--models", nargs="+", default=[], metavar="MODEL", help="folders or Hub ids")
+    one.add_argument("--config", metavar="FILE", help="a merge as mergekit's YAML describes it, in place of all that")
     one.add_argument("--base", metavar="MODEL", help="what they were fine-tuned from, for methods that ask for it")
+    one.add_argument("--head", metavar="MODEL", help="where heads differ: the model whose head is kept, or 'all'")
     one.add_argument("--output", required=True, metavar="DIR", help="a folder that does not exist yet")
+    one.add_argument("--no-check", action="store_true", help="do not load the result and try it")
+    one.add_argument("--dry-run", action="store_true", help="check and compare layer by layer, write nothing")
     one.add_argument("--dtype", metavar="DTYPE", help="of the result, such as bfloat16; default: the first model's")
-    one.add_argument("--compute", default="float32", metavar="DTYPE", help="float32 (default) or float64")
+    one.add_argument("--compute", metavar="DTYPE", help="float32 (default) or float64")
+    one.add_argument(
+        "--vocabulary",
+        metavar="POLICY",
+        help="where tokenizers differ: union, first, base or one of the models; default: equal, they may not",
+    )
+    one.add_argument(
+        "--new-rows",
+        metavar="HOW",
+        help="for tokens that a model has not: average (default) or copy, the first there is",
+    )
     one.add_argument("--max-shard-size", metavar="SIZE", help="of a file, such as 5GB; default: as the first model")
     one.add_argument("--threads", type=int, metavar="N", help="default: as many as torch uses; the result is the same")
+    one.add_argument("--fold", action="store_true", help="adapters are folded into their bases, and give a full model")
+    only = one.add_argument_group("of adapters alone, which give an adapter")
+    only.add_argument("--rank", type=int, metavar="N", help="of each module at most; default: the sum of their ranks")
+    only.add_argument("--error", type=float, metavar="E", help="relative error that each module may have, such as 0.05")
+    only.add_argument(
+        "--combine", metavar="WAY", help="`changes` (default) or `factors`: A and B apart, as peft's linear"
+    )
+    only.add_argument("--in-full", metavar="WAY", help="heads and biases: by the `method` (default), `mean` or `first`")
+    one = add("extract-lora", "make an adapter out of what a model has learnt since its base")
+    one.add_argument("model", metavar="MODEL", help="folder or Hub id of the fine-tuned model")
+    one.add_argument("--base", required=True, metavar="MODEL", help="what it was fine-tuned from")
+    one.add_argument("--rank", type=int, metavar="N", help="of each module at most")
+    one.add_argument("--error", type=float, metavar="E", help="relative error that each module may have, such as 0.05")
+    one.add_argument("--output", required=True, metavar="DIR", help="a folder that does not exist yet")
+    one.add_argument("--only-low-rank", action="store_true", help="leave out changed biases and norms, all but a head")
+    one.add_argument("--dtype", metavar="DTYPE", help="of the adapter, such as bfloat16; default: the model's")
+    one.add_argument("--threads", type=int, metavar="N", help="default: as many as torch uses")
     one = add("push", "publish a stage's model to the Hub")
     one.add_argument("folder", metavar="STAGE_DIR", help="a stage's folder, or its model/ folder")
     one.add_argument("repo", metavar="REPO", help="NAME or OWNER/NAME")
@@ -280,9 +313,18 @@ def evaluate(options: argparse.Namespace) -> int:
 
 def merge(options: argparse.Namespace) -> int:
     from kt_hf import merge_command
+    from kt_hf.errors import RecipeError
     from kt_hf.launch import set_up_logging
 
     set_up_logging(options.debug)
+    if options.config is not None:
+        print(_merge_as_described(options))
+        return 0
+    if options.method is None or not options.models:
+        raise RecipeError(
+            f"{'no method' if options.method is None else 'no models'} to merge",
+            "kt-hf merge METHOD --models A B --output DIR, or kt-hf merge --config FILE.yml --output DIR",
+        )
     models, given = merge_command.separate([*options.models, *options.settings])
     print(
         merge_command.merge(
@@ -290,14 +332,58 @@ def merge(options: argparse.Namespace) -> int:
             models,
             options.output,
             base=options.base,
+            head=options.head,
+            dry_run=options.dry_run,
+            check=not options.no_check,
             given=given,
             dtype=options.dtype,
-            compute=options.compute,
+            compute=options.compute or "float32",
             max_shard_size=options.max_shard_size,
+            threads=options.threads,
+            vocabulary=options.vocabulary or "equal",
+            new_rows=options.new_rows or "average",
+            fold=options.fold,
+            **{k: v for k in ("rank", "error", "combine", "in_full") if (v := getattr(options, k)) is not None},
+        )
+    )
+    return 0
+
+
+def extract_lora(options: argparse.Namespace) -> int:
+    from kt_hf import merge_command
+    from kt_hf.launch import set_up_logging
+
+    set_up_logging(options.debug)
+    print(
+        merge_command.extract_lora(
+            options.model,
+            options.base,
+            options.output,
+            rank=options.rank,
+            error=options.error,
+            only_low_rank=options.only_low_rank,
+            dtype=options.dtype,
             threads=options.threads,
         )
     )
     return 0
+
+
+def _merge_as_described(options: argparse.Namespace) -> str:
+    from kt_hf import mergekit_merge
+    from kt_hf.errors import RecipeError
+
+    said = {"METHOD": options.method, "--models": options.models, "key=value": options.settings}
+    said |= {f"--{key.replace('_', '-')}": getattr(options, key) for key in ("base", "dtype", "vocabulary", "new_rows")}
+    if odd := [key for key, value in said.items() if value]:
+        raise RecipeError(f"{' and '.join(odd)} beside --config", "write it in that file, or leave --config out")
+    return mergekit_merge.merge(
+        options.config,
+        options.output,
+        compute=options.compute,
+        max_shard_size=options.max_shard_size,
+        threads=options.threads,
+    )
 
 
 def push(options: argparse.Namespace) -> int:
@@ -333,6 +419,7 @@ COMMANDS = {
     "predict": predict,
     "evaluate": evaluate,
     "merge": merge,
+    "extract-lora": extract_lora,
     "push": push,
 }
 

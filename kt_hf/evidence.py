@@ -25,7 +25,13 @@ SCHEMA = "kt_hf.report/1"
 MAX_CLASSES = 50
 """Confusion and figures per class are left out beyond: nobody reads them, and they grow with the square."""
 FEW_EXAMPLES = 30
-BUILT_IN = {"majority": "the majority class", "zero_shot": "its own model before training (zero-shot)"}
+BUILT_IN = {
+    "majority": "the majority class",
+    "zero_shot": "its own model before training (zero-shot)",
+    "best_parent": "its best parent on validation data",
+    "parents_ensemble": "the mean of its parents' outputs",
+}
+SHORT = {"best_parent": "best parent", "parents_ensemble": "their ensemble"}
 COSTS = (
     "seconds",
     "examples_per_second",
@@ -72,10 +78,10 @@ class StageEvidence:
 
     kind: train, merge, ensemble or evaluate. description: one line per strategy, or of the method. data: name, path,
     split, fingerprint, counts (rows per split and what cleaning found). metric: the one that decides. lower_metrics:
-    others of which lower is better. compare: `majority`, `zero_shot` or `@stage`. baselines: the measurements behind
-    the first two, or in words why there are none. fixed: nothing in it is random, so that one row stands for every
-    seed; by default an evaluate stage of an outside model. validation_uses: what validation labels were used for
-    besides learning rates ("early stopping", "the greedy soup").
+    others of which lower is better. compare: `@stage`, or one of `BUILT_IN`. baselines: the measurements behind those
+    that are no stage, one for all seeds or one each, or in words why there are none. fixed: nothing in it is random, so
+    that one row stands for every seed; by default an evaluate stage of an outside model. validation_uses: what
+    validation labels were used for besides learning rates ("early stopping", "the greedy soup").
     """
 
     name: str
@@ -89,13 +95,18 @@ class StageEvidence:
     labels: Sequence[str] | None = None
     lower_metrics: Sequence[str] = ()
     compare: Sequence[str] = ()
-    baselines: Mapping[str, SeedEvidence | str] = field(default_factory=dict)
+    baselines: Mapping[str, SeedEvidence | Sequence[SeedEvidence] | str] = field(default_factory=dict)
     fixed: bool | None = None
     validation_uses: Sequence[str] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def higher(self, metric: str) -> bool:
         return self.higher_is_better if metric == self.metric else metric not in self.lower_metrics
+
+    def measured(self, reference: str) -> list[SeedEvidence]:
+        """The measurements behind a baseline that is no stage; none where there are none."""
+        found = self.baselines.get(reference, ())
+        return [found] if isinstance(found, SeedEvidence) else [] if isinstance(found, str) else list(found)
 
     @property
     def is_fixed(self) -> bool:
@@ -238,7 +249,7 @@ def _stage(
     entry["baselines"] = {
         reference: _baseline_classes(stage, reference, sampler)
         for reference in stage.compare
-        if isinstance(stage.baselines.get(reference), SeedEvidence)
+        if stage.measured(reference)
     }
     entry["sentence"] = _stage_sentence(entry, sampler.level)
     return entry
@@ -365,11 +376,10 @@ def _per_class(
 
 def _baseline_classes(stage: StageEvidence, reference: str, sampler: Sampler) -> dict[str, Any]:
     """Of a built-in baseline, which is no stage of its own: its metrics, confusion and accuracy per class."""
-    measured = stage.baselines[reference]
-    assert isinstance(measured, SeedEvidence)
-    seeds = [measured]
+    seeds = stage.measured(reference)
+    names = seeds[0].metrics
     return {
-        "metrics": dict(measured.metrics),
+        "metrics": {name: float(np.mean([seed.metrics[name] for seed in seeds])) for name in names},
         "confusion": _confusion(seeds, stage.labels),
         "per_class": _per_class(seeds, stage.labels, sampler),
     }
@@ -386,8 +396,9 @@ def _baseline(
         if isinstance(given, str):
             notes.setdefault(f"No comparison with {reference}, because {given}", []).append(stage.name)
             return None
-        _check_rows(stage, reference, given)
-        return Baseline(reference, BUILT_IN.get(reference, reference), [given], True, stage.labels)
+        seeds, fixed = stage.measured(reference), isinstance(given, SeedEvidence)
+        _check_rows(stage, reference, seeds[0])
+        return Baseline(reference, BUILT_IN.get(reference, reference), seeds, fixed, stage.labels)
     if reference[1:] not in by_name:
         raise RecipeError(
             f"stages.{stage.name}.compare: there is no stage '{reference[1:]}'", f"name one of {', '.join(by_name)}"
@@ -644,7 +655,8 @@ def table(report: Mapping[str, Any]) -> str:
             if g is not None:
                 value, low, high = (amount(g[key], g["unit"], signed=True) for key in ("value", "low", "high"))
                 span = f"{value} ({low} to {high})"
-                middle = (cut(g["baseline"], 14), span, "no claim" if g["seeds"] == 1 else g["verdict"])
+                against = cut(SHORT.get(g["baseline"], g["baseline"]), 14)
+                middle = (against, span, "no claim" if g["seeds"] == 1 else g["verdict"])
             right = (
                 (short(stage["cost"]["trained_parameters"]), "-" if seconds is None else f"{seconds:.1f}")
                 if i == 0

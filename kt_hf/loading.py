@@ -297,6 +297,52 @@ def recorded(path: str | Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def without_weights(folder: Path, name: str) -> nn.Module:
+    """A model of a class of transformers as a folder's configuration has it, on the meta device: for its structure."""
+    import transformers
+
+    config = config_of(Model(path=str(folder)))
+    own = OWN.get(config.model_type)
+    cls = getattr(importlib.import_module(own) if own else transformers, name, None)
+    if cls is None:
+        raise RecipeError(f"'{folder}' is a {name}, which is no class of transformers", "use a model of transformers")
+    with loading(f"the structure of '{folder}'"), torch.device("meta"):
+        return cls(config)
+
+
+def model_names(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """Of tensors in a checkpoint's files -> their names in the model, as transformers loads them: some architectures
+    are called otherwise in files, and a backbone's files lack the first part of a name, or a model does. Those alone
+    that are one tensor in both."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    known, found = model.state_dict(), get_model_conversion_mapping(model)
+    renamings = [c for c in found if isinstance(c, WeightRenaming)]
+    converters = [c for c in found if isinstance(c, WeightConverter)]
+    prefix = getattr(model, "base_model_prefix", "") or None
+    renamed = {n: rename_source_key(n, renamings, converters, prefix, known) for n in names}
+    return {n: name for n, (name, converted) in renamed.items() if converted is None and name in known}
+
+
+def ties(model: Any) -> dict[str, str]:
+    """Name of a tied weight -> name of the one that it is a copy of."""
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def merged(model: Any) -> nn.Module:
+    """A peft model with its adapter merged in. Weights that are tied, and of which one is adapted, are parted before:
+    peft adds to what they share."""
+    weights = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+    for module in model.modules():
+        layer: Any = module.get_base_layer() if hasattr(module, "lora_A") else None  # type: ignore[operator]
+        weight = getattr(layer, "weight", None)
+        if weight is not None and weights[id(weight)] > 1:
+            weights[id(weight)] -= 1
+            layer.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+    return model.merge_and_unload()
+
+
 ADAPTER = "adapter_config.json"
 
 
@@ -320,7 +366,7 @@ def load_adapter(auto: Any, ref: Model, labels: list[str] | None) -> Loaded:
         own if labels is not None else None,
     )
     with loading(f"adapter '{ref.path}'"):
-        model = PeftModel.from_pretrained(base.model, str(folder)).merge_and_unload()
+        model = merged(PeftModel.from_pretrained(base.model, str(folder)))
     names, ids = labels, _identity(labels)
     if labels is not None and own is not None:
         names, ids, replace = match_labels(labels, own, f"adapter '{ref.path}'", ref.replace_head)

@@ -5,7 +5,7 @@ Shapes: M parents.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -40,6 +40,10 @@ class MergeMethod:
     hands out flat pieces of a tensor, in buffers that it uses again, and memory does not grow with the tensors; else
     `tensor` gets whole tensors."""
 
+    linear: ClassVar[bool] = False
+    """Whether the result is a weighted sum of the inputs, with weights that go by the name alone. Such a merge of
+    adapters is exact without a decomposition."""
+
     def check(self, num_parents: int) -> None:
         """Refuse, by a `RecipeError`, settings that do not fit so many parents. Called before anything is read."""
 
@@ -64,6 +68,10 @@ class MergeMethod:
         which it found nothing, as for buffers. They are not to be written to, and no pieces: what measures is not
         `elementwise`. Called from several threads, and in any order of names."""
         raise NotImplementedError
+
+    def for_tensors(self, names: Sequence[str]) -> Mapping[str, MergeMethod]:
+        """name -> the method that merges that tensor: this one, unless its settings vary (kt_hf/layerwise.py)."""
+        return dict.fromkeys(names, self)
 
     def summary(self) -> dict[str, Any]:
         """What `fit` decided, for the report."""

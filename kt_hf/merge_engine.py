@@ -1,6 +1,7 @@
 """How tensors go through a merge: in pieces that stay in the processor's cache where the method goes by elements, whole
 otherwise; on several threads, from mapped files into files that are written in place. What a thread computes does not
 depend on the others, nor on where it is written, so the bits are the same for any number of threads and any shards.
+What becomes of a tensor is a `Job`: which tensors it is made of, and how.
 
 Shapes: M parents.
 """
@@ -9,10 +10,11 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -29,6 +31,37 @@ SLACK = 2**27
 
 
 @dataclass(frozen=True)
+class Job:
+    """What a tensor of the result is made of.
+
+    sources: (whose, tensor) of the parents, all of one shape. method: how; None: a copy of the first source, in the
+    result's precision. name: under which the method knows it. base: (whose, tensor) where the method has a use for it.
+    stats: what the method has measured about it, as `tensor` gets it.
+    """
+
+    name: str
+    sources: tuple[tuple[str, torch.Tensor], ...]
+    method: MergeMethod | None = None
+    base: tuple[str, torch.Tensor] | None = None
+    stats: Any = None
+
+    @property
+    def like(self) -> torch.Tensor:
+        """A tensor of the result's shape."""
+        return self.sources[0][1]
+
+    @property
+    def inputs(self) -> list[torch.Tensor]:
+        if self.method is None:
+            return [self.like]
+        return [t for _, t in (*self.sources, *([self.base] if self.base else []))]
+
+    @property
+    def whole(self) -> bool:
+        return self.method is not None and not self.method.elementwise
+
+
+@dataclass(frozen=True)
 class Unit:
     """Work for one thread: elements of a tensor."""
 
@@ -39,34 +72,18 @@ class Unit:
 
 
 class Fusion:
-    """One merge: what goes in, how it is computed and where it goes.
+    """One merge: what becomes of each tensor, where it goes, and whether that is computed in float32 or float64."""
 
-    parents: label -> name -> tensor; base: the same of the base, if any. compute: float32 or float64. aliases: names of
-    tensors that are merged under another's name, of which they are copies. stats: of every parent, what was measured
-    of it by name.
-    """
-
-    def __init__(
-        self,
-        method: MergeMethod,
-        parents: dict[str, dict[str, torch.Tensor]],
-        base: dict[str, torch.Tensor] | None,
-        writer: Writer,
-        compute: torch.dtype,
-        aliases: Mapping[str, str],
-        stats: Sequence[Mapping[str, torch.Tensor]] = (),
-    ):
-        self.aliases, self.stats = aliases, stats
-        self.method, self.parents, self.base, self.writer, self.compute = method, parents, base, writer, compute
-        self.models = [*parents.values(), *([base] if base is not None else [])]
+    def __init__(self, jobs: Mapping[str, Job], writer: Writer, compute: torch.dtype):
+        self.jobs, self.writer, self.compute = jobs, writer, compute
+        self._most = max((len(job.inputs) for job in jobs.values() if not job.whole), default=0)
         self._own = threading.local()
-        units = list(self.units())
-        self._memory = _Memory(max([SLACK, *(self._bytes(u) for u in units if u.whole)]))
+        self._memory = Memory(max([SLACK, *(self._bytes(u) for u in self.units() if u.whole)]))
 
     def units(self) -> Iterator[Unit]:
         for name, spec in self.writer.specs.items():
-            count = self.models[0][name].numel()
-            if count and not self.method.elementwise and spec.dtype.is_floating_point:
+            count, whole = self.jobs[name].like.numel(), self.jobs[name].whole
+            if count and whole and spec.dtype.is_floating_point:
                 yield Unit(name, 0, count, True)
                 continue
             for start in range(0, count, UNIT):
@@ -77,7 +94,7 @@ class Fusion:
         left = [0] * len(self.writer.files)
         for name, spec in self.writer.specs.items():
             left[self.writer.place[name][0]] += spec.bytes
-        with _one_thread_each(threads) as workers, ThreadPoolExecutor(1) as syncer:
+        with one_thread_each(threads) as workers, ThreadPoolExecutor(1) as syncer:
             running: dict[Future[None], Unit] = {workers.submit(self.do, unit): unit for unit in self.units()}
             syncing = [syncer.submit(self.writer.sync, i) for i, size in enumerate(left) if sync and not size]
             try:
@@ -109,69 +126,75 @@ class Fusion:
 
     def _copy(self, unit: Unit) -> None:
         """A buffer that is no floating point number: the first parent's."""
-        flat = self.models[0][unit.name].reshape(-1)[unit.start : unit.stop]
+        flat = self.jobs[unit.name].like.reshape(-1)[unit.start : unit.stop]
         if flat.numel():
             data = memoryview(flat.clone().view(torch.uint8).numpy())  # type: ignore[arg-type]
             self.writer.write(unit.name, data, unit.start * flat.element_size())
 
     def _pieces(self, unit: Unit) -> None:
-        flats = [model[unit.name].reshape(-1) for model in self.models]
+        job = self.jobs[unit.name]
+        flats = [tensor.reshape(-1) for tensor in job.inputs]
         buffers, out, data = self._buffers(self.writer.specs[unit.name].dtype)
         for start in range(unit.start, unit.stop, PIECE):
             stop = min(start + PIECE, unit.stop)
-            count = stop - start
-            given = [buffer[:count].copy_(flat[start:stop]) for buffer, flat in zip(buffers, flats, strict=True)]
-            self._write(unit.name, start, self._merged(unit.name, given), out, data)
+            pieces = [flat[start:stop] for flat in flats]
+            if job.method is not None:
+                pieces = [b[: stop - start].copy_(piece) for b, piece in zip(buffers, pieces, strict=False)]
+            self._write(job, unit.name, start, self._merged(job, pieces), out, data)
 
     def _whole(self, unit: Unit) -> None:
         # Copies, even where nothing is to be converted: the files are mapped for reading, and a method may be careless.
-        given = [model[unit.name].to(self.compute, copy=True) for model in self.models]
-        merged = self._merged(unit.name, given).reshape(-1)
+        job = self.jobs[unit.name]
+        given = [tensor.to(self.compute, copy=True) for tensor in job.inputs]
+        merged = self._merged(job, given).reshape(-1)
         del given
         _, out, data = self._buffers(self.writer.specs[unit.name].dtype)
         for start in range(0, unit.stop, PIECE):
-            self._write(unit.name, start, merged[start : start + PIECE], out, data)
+            self._write(job, unit.name, start, merged[start : start + PIECE], out, data)
 
-    def _merged(self, name: str, given: list[torch.Tensor]) -> torch.Tensor:
-        count = len(self.parents)
-        base = given[count] if self.base is not None else None
-        known = self.aliases.get(name, name)
-        stats = [found.get(known) for found in self.stats] or None
-        merged = self.method.tensor(known, given[:count], base, stats)
+    def _merged(self, job: Job, given: list[torch.Tensor]) -> torch.Tensor:
+        if job.method is None:
+            return given[0]
+        count = len(job.sources)
+        merged = job.method.tensor(job.name, given[:count], given[count] if job.base else None, job.stats)
         if merged.shape != given[0].shape:
             raise RecipeError(
-                f"{_name(self.method)} gives {tuple(merged.shape)} for {name}, which is {tuple(given[0].shape)}",
+                f"{_name(job.method)} gives {tuple(merged.shape)} for {job.name}, which is {tuple(given[0].shape)}",
                 "mend the merge: `tensor` returns what it is given in shape",
             )
         if self.compute == torch.float64 and merged.dtype != torch.float64:
-            raise RecipeError(f"{_name(self.method)} computes in {_word(merged.dtype)}", "leave float64 out")
+            raise RecipeError(f"{_name(job.method)} computes in {_word(merged.dtype)}", "leave float64 out")
         return merged
 
-    def _write(self, name: str, start: int, merged: torch.Tensor, out: torch.Tensor, data: memoryview) -> None:
+    def _write(
+        self, job: Job, name: str, start: int, merged: torch.Tensor, out: torch.Tensor, data: memoryview
+    ) -> None:
         count = merged.numel()
         # The sum is finite if all are, unless it overflows: one pass instead of three, while the piece is in the cache.
         if not math.isfinite(merged.sum().item()) and not bool(merged.isfinite().all()):
-            self._explain(name)
+            self._explain(job)
         out[:count].copy_(merged)
         if out.dtype == torch.float16 and not bool(out[:count].isfinite().all()):
             raise RecipeError(f"{name} has values that float16 cannot hold", "ask for bfloat16 or float32")
         self.writer.write(name, data[: count * out.element_size()], start * out.element_size())
 
-    def _explain(self, name: str) -> None:
+    def _explain(self, job: Job) -> None:
         """Say whose fault a number is that is none."""
-        for label, model in [*self.parents.items(), *([("base", self.base)] if self.base is not None else [])]:
-            if not finite(model[name]):
-                raise IntegrityError(f"parent '{label}' has non-finite values in {name}", "leave it out of the merge")
+        for label, tensor in [*job.sources, *([job.base] if job.base else [])]:
+            if not finite(tensor):
+                raise IntegrityError(
+                    f"parent '{label}' has non-finite values in {job.name}", "leave it out of the merge"
+                )
         raise RecipeError(
-            f"{_name(self.method)} gives non-finite values in {name}, of parents that are finite",
+            f"{_name(job.method)} gives non-finite values in {job.name}, of parents that are finite",
             "look at its settings: weights that add up to 0, or that are too large",
         )
 
     def _buffers(self, dtype: torch.dtype) -> tuple[list[torch.Tensor], torch.Tensor, memoryview]:
-        """This thread's: one for each model, one for the result and the bytes of that."""
+        """This thread's: one for each input, one for the result and the bytes of that."""
         own = self._own
         if not hasattr(own, "outs"):
-            own.inputs = [torch.empty(PIECE, dtype=self.compute) for _ in self.models if self.method.elementwise]
+            own.inputs = [torch.empty(PIECE, dtype=self.compute) for _ in range(self._most)]
             own.outs = {}
         if dtype not in own.outs:
             out = torch.empty(PIECE, dtype=dtype)
@@ -180,10 +203,10 @@ class Fusion:
 
     def _bytes(self, unit: Unit) -> int:
         """What a whole tensor takes: the inputs, the result, and as much again as a method may want for itself."""
-        return (len(self.models) + 2) * (unit.stop - unit.start) * self.compute.itemsize
+        return (len(self.jobs[unit.name].inputs) + 2) * (unit.stop - unit.start) * self.compute.itemsize
 
 
-class _Memory:
+class Memory:
     """Bytes that threads may hold between them."""
 
     def __init__(self, limit: int):
@@ -203,7 +226,7 @@ class _Memory:
 
 
 @contextmanager
-def _one_thread_each(threads: int) -> Iterator[ThreadPoolExecutor]:
+def one_thread_each(threads: int) -> Iterator[ThreadPoolExecutor]:
     """Workers inside which torch uses one thread: sums do not depend on how many there are."""
     before = torch.get_num_threads()
     try:
@@ -222,7 +245,7 @@ def finite(tensor: torch.Tensor) -> bool:
     return True
 
 
-def _name(method: MergeMethod) -> str:
+def _name(method: MergeMethod | None) -> str:
     return f"the merge {type(method).__name__}"
 
 

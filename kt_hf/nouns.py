@@ -259,7 +259,13 @@ class Train(Stage):
 
 class Merge(Stage):
     """Merges models in weight space. Over one seeded stage it takes all seeds as parents; over several, seed i of
-    each.
+    each. The report has it beside the parent that is the best on validation data and the mean of the parents' outputs.
+
+    base: what the parents were trained from. head: the parent, as `models` names it, whose head is kept where heads
+    differ. fallback: `best_parent` takes the place of a merge that is worse than it on validation data. dtype: of the
+    result; the first parent's by default. compute: what is computed in. max_shard_size: of a file, such as `5GB`.
+    vocabulary: where the parents' tokenizers differ, `union`, `first`, `base` or one of `models`; new_rows: what a
+    parent gets for a token that it has not, `average` or `copy` (docs/merging.md).
     """
 
     verb = "merge"
@@ -271,12 +277,19 @@ class Merge(Stage):
         *,
         models: list[settings.ModelRef],
         base: settings.ModelRef | None = None,
+        head: str | None = None,
+        fallback: Literal["best_parent"] | None = None,
+        dtype: Literal["float32", "float64", "float16", "bfloat16"] | None = None,
+        compute: Literal["float32", "float64"] = "float32",
+        max_shard_size: str | int | None = None,
         task: Named | None = None,
         data: settings.DataRef | None = None,
         seeds: Repetitions | None = None,
         compare: list[str] | None = None,
         when_used: bool = False,
         push_to_hub: str | None = None,
+        vocabulary: str = "equal",
+        new_rows: Literal["average", "copy"] = "average",
         **unknown: Any,
     ): ...
 
@@ -344,6 +357,8 @@ class Recipe(Noun):
 
 STAGES: dict[str, type[Stage]] = {cls.verb: cls for cls in (Train, Merge, Ensemble, Evaluate)}
 BASELINES = ("majority", "zero_shot")
+PARENTS = ("best_parent", "parents_ensemble")
+"""Baselines that a merge always has where they can be measured."""
 TOWERS = ("image", "text", "audio")
 """Settings of a `Model` that are models."""
 

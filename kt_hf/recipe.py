@@ -18,6 +18,7 @@ from kt_hf.checking import (
 )
 from kt_hf.nouns import (
     BASELINES,
+    PARENTS,
     STAGES,
     TOWERS,
     Data,
@@ -39,6 +40,7 @@ from kt_hf.recipe_yaml import from_yaml, to_yaml
 
 __all__ = [
     "BASELINES",
+    "PARENTS",
     "STAGES",
     "TOWERS",
     "Change",

@@ -60,8 +60,9 @@ for _tag, (_pattern, _first) in _PATTERNS.items():
     _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _expression, _first)
 
 
-def from_yaml(path: str) -> dict[str, Any]:
-    """Read a recipe file. Nothing but plain values is constructed, and no more than a recipe's size is read.
+def from_yaml(path: str, start: str = "start with `stages:`") -> dict[str, Any]:
+    """Read a recipe file, or another that holds a mapping, with the remedy `start` where it does not. Nothing but plain
+    values is constructed, and no more than a recipe's size is read.
 
     Raises `RecipeError`, and `IntegrityError` where the file asks for Python objects.
     """
@@ -86,7 +87,7 @@ def from_yaml(path: str) -> dict[str, Any]:
         raise RecipeError(f"{path} is not YAML: {text[:300]}", remedy) from error
     if not isinstance(raw, dict):
         got = "nothing" if raw is None else f"a {type(raw).__name__}"
-        raise RecipeError(f"{path} holds {got}, expected a mapping", "start with `stages:`")
+        raise RecipeError(f"{path} holds {got}, expected a mapping", start)
     if _unfolds_beyond(raw, MAX_VALUES):
         raise RecipeError(f"{path} unfolds to more than {MAX_VALUES} values", "use fewer aliases (*name)")
     raw.pop("kt_hf_version", None)

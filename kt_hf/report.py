@@ -168,7 +168,8 @@ def _style(verdict: str) -> str:
 
 
 def _baseline_name(reference: str) -> str:
-    return reference.removeprefix("@").replace("zero_shot", "zero-shot")
+    names = {"zero_shot": "zero-shot", "best_parent": "best parent", "parents_ensemble": "parents' ensemble"}
+    return names.get(reference, reference.removeprefix("@"))
 
 
 # --- the page of one run --------------------------------------------------------------------------------------

@@ -66,6 +66,9 @@ def stage_evidence(context: Context, stage: Stage, results: list[dict[str, Any]]
         searched = searched or {"training.learning_rate": stage.training.learning_rate}
         context, stage = context.changed(stage, chosen)
         setup = skeleton.plan_setup(context, stage) if setup else None
+    compare = list(stage.compare or [])
+    if isinstance(stage, Merge):
+        compare += [name for name in grammar.PARENTS if name not in compare and not first.get(name)]
     description = [f"{name}: {s.describe()}" for name, s in setup.stack.items()] if setup else _description(stage)
     return StageEvidence(
         name=stage.name,
@@ -84,11 +87,9 @@ def stage_evidence(context: Context, stage: Stage, results: list[dict[str, Any]]
         description=description,
         labels=labels,
         lower_metrics=task.lower_metrics,
-        compare=stage.compare or [],
+        compare=compare,
         baselines={
-            name: _baseline(context, stage, results, labels, name)
-            for name in stage.compare or []
-            if not name.startswith("@")
+            name: _baseline(context, stage, results, labels, name) for name in compare if not name.startswith("@")
         },
         validation_uses=_validation_uses(context, stage),
         settings=_settings(context, stage) | ({"search": searched} if chosen else {}),
@@ -160,7 +161,7 @@ def _order(facts: dict[str, Any], count: int) -> np.ndarray:
 
 def _baseline(
     context: Context, stage: Stage, results: list[dict[str, Any]], labels: list[str] | None, name: str
-) -> SeedEvidence | str:
+) -> SeedEvidence | list[SeedEvidence] | str:
     """A built-in baseline, or in words why there is none."""
     task, info, facts = context.task(stage), context.info(stage), results[0]
     folder = folders.stage_folder(context.root, stage.name, 0)
@@ -178,10 +179,15 @@ def _baseline(
             constant["scores"] = np.zeros_like(found["scores"])
             constant["scores"][:, facts["label_ids"][most]] = 1
         return _evidence(scores, constant, facts, labels)
-    if not (folder / "zero_shot.safetensors").is_file():
-        return str(facts.get("zero_shot") or "only a train stage has a model before training")
-    found = load_file(str(folder / "zero_shot.safetensors"))
-    return _evidence(task.measure(found, loaded, info), found, facts, labels)
+    if not (folder / f"{name}.safetensors").is_file():
+        kind = "a merge has parents" if name in grammar.PARENTS else "a train stage has a model before training"
+        return str(facts.get(name) or f"only {kind}")
+
+    def measured(seed: int) -> SeedEvidence:
+        found = load_file(str(folders.stage_folder(context.root, stage.name, seed) / f"{name}.safetensors"))
+        return _evidence(task.measure(found, loaded, info), found, facts, labels, seed)
+
+    return measured(0) if name not in grammar.PARENTS else [measured(each["seed"]) for each in results]
 
 
 def _validation_uses(context: Context, stage: Stage) -> list[str]:
@@ -192,6 +198,7 @@ def _validation_uses(context: Context, stage: Stage) -> list[str]:
     if isinstance(stage, (Merge, Ensemble)):
         method = stages.build(stage.verb, stage.method, stage, context.settings)
         uses += ["the choice of weights"] if method.needs_validation else []
+        uses += ["the fallback to the best parent"] if isinstance(stage, Merge) and stage.fallback else []
         asked = isinstance(stage, Merge) and method.measures_on == "validation"
         uses += ["what the parents were asked"] if asked else []
     return uses

@@ -18,7 +18,19 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 
-from kt_hf import augmenting, range_test, registry, search, sharding, skeleton, stages, streaming, trainer, zero3
+from kt_hf import (
+    augmenting,
+    range_test,
+    registry,
+    search,
+    sharding,
+    skeleton,
+    stages,
+    streaming,
+    trainer,
+    vocabularies,
+    zero3,
+)
 from kt_hf import data as data_module
 from kt_hf import folder as folders
 from kt_hf import recipe as grammar
@@ -28,6 +40,7 @@ from kt_hf.merge import MergeMethod, check_parents
 from kt_hf.recipe import Data, Ensemble, Evaluate, Merge, Model, Recipe, Stage, Train
 from kt_hf.roles import fitting_tasks
 from kt_hf.task import Task
+from kt_hf.tensor_files import read_size
 
 logger = logging.getLogger(__name__)
 
@@ -273,6 +286,9 @@ def _check_merge(stage: Merge, method: MergeMethod, recipe: Recipe) -> None:
     base = str(stage.base.path) if stage.base is not None else None
     try:
         check_parents(grammar.named(stage.method)[0], method, names, base)
+        if stage.max_shard_size is not None:
+            read_size(stage.max_shard_size)
+        vocabularies.check(stage.vocabulary, names, "base" if base else None, stage.new_rows)
     except RecipeError as error:
         raise RecipeError(f"stages.{stage.name}: {error.cause}", error.remedy) from None
 

@@ -17,7 +17,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from kt_hf import checkpoint, elastic, ensembling, evaluation, measuring, merging, randomness, registry, search, trainer
+from kt_hf import (
+    beside,
+    checkpoint,
+    elastic,
+    ensembling,
+    evaluation,
+    heads,
+    layerwise,
+    measuring,
+    merging,
+    randomness,
+    registry,
+    search,
+    trainer,
+    vocabularies,
+)
 from kt_hf import folder as folders
 from kt_hf import recipe as grammar
 from kt_hf.bundle import Bundle
@@ -25,10 +40,11 @@ from kt_hf.errors import NonFiniteError, RecipeError
 from kt_hf.facts import Run
 from kt_hf.feed import training_rows
 from kt_hf.loader import Plan, Rows, Windows, load_batches
-from kt_hf.loading import local, recorded
+from kt_hf.loading import is_adapter, local, recorded
 from kt_hf.progress import title
 from kt_hf.recipe import Ensemble, Evaluate, Merge, Model, Stage, Train, Training
 from kt_hf.task import FACTS, Loaded, Scores
+from kt_hf.tensor_files import read_size
 from kt_hf.tracking import tracking
 
 if TYPE_CHECKING:
@@ -42,7 +58,9 @@ MEASURED = "measured"
 
 def build(kind: str, item: Any, stage: Stage, settings: dict[tuple[str, str], dict[str, Any]]) -> Any:
     name, given = grammar.named(item)
-    return registry.load(kind, name)(**settings.get((stage.name, f"{kind}:{name}"), given))
+    cls: Any = registry.load(kind, name)
+    given = settings.get((stage.name, f"{kind}:{name}"), given)
+    return layerwise.build(name, cls, given) if kind == "merge" else cls(**given)
 
 
 def build_stack(stage: Train, settings: dict[tuple[str, str], dict[str, Any]]) -> dict[str, Any]:
@@ -314,39 +332,41 @@ def _merge(context: Context, stage: Merge, seed: int, folder: Path) -> dict[str,
     from kt_hf.runner import parents as find_parents
 
     task, info, accelerator = context.task(stage), context.info(stage), context.accelerator
-    names, models = find_parents(context, stage, seed)
+    names, given = find_parents(context, stage, seed)
     method = build("merge", stage.method, stage, context.settings)
     started = time.perf_counter()
-    loaded = task.load(models[0], info)
-    _check_kinship(task, loaded, models, names, info)
+    head = heads.place(stage.head, names) if stage.head is not None else None
+    models = _fold(context, stage, given, folder / ".folded")
+    loaded = task.load(models[head or 0], info)
     base = local(context.resolve(stage.base, seed)) if stage.base is not None else None
+    named = [(n, Path(str(m.path))) for n, m in zip(names, models, strict=True)]
+    named += [("base", Path(str(base.path)))] if base is not None else []
+    common = vocabularies.choose(stage.vocabulary, named, "base" if base is not None else None, rows=stage.new_rows)
+    if head is None:
+        _check_kinship(task, loaded, models, names, info, words=common is None)
     statistics = merging.batch_statistics(loaded.model)
     if statistics and "train" not in info.splits:
         raise RecipeError(
             f"stages.{stage.name}: the parents keep batch statistics, and no training data are there to estimate them",
             "give the stage data with a training split",
         )
-    folders = [Path(str(m.path)) for m in models]
-    if base is not None:
-        with merging.Parents([*folders, Path(str(base.path))], [*names, "base"]):
-            pass  # the base has the parents' tensors
-        with merging.Parents([Path(str(base.path))], ["base"]) as start:
+    parent_folders = [Path(str(m.path)) for m in models]
+    start = merging.Parents([Path(str(base.path))], ["base"], vocabulary=common) if base is not None else None
+    with merging.Parents(parent_folders, names, head, vocabulary=common) as parents:
+        if start is not None:
+            merging.base_tensors(parents, start)
             start.check_finite()
-    with merging.Parents(folders, names) as parents:
         parents.check_finite()
+        kinship = parents.kinship(start)
+        kinship.warn()
 
         def score(weights: list[float]) -> float:
             # through a folder and the task's own loading: tensors in a file may have other names than in the model
             candidate = folder / ".candidate"
             if accelerator.is_main_process:
                 shutil.rmtree(candidate, ignore_errors=True)
-                mean = merging.WeightedMean(weights)
-                if len(weights) == len(models):
-                    merging.merge(mean, parents, None, candidate, sync=False)
-                else:
-                    assert base is not None
-                    with merging.Parents([*folders, Path(str(base.path))], [*names, "base"]) as with_base:
-                        merging.merge(mean, with_base, None, candidate, sync=False)
+                own = start if len(weights) > len(models) else None
+                merging.merge(merging.WeightedMean(weights), parents, own, candidate, sync=False)
             accelerator.wait_for_everyone()
             soup = task.load(Model(path=str(candidate)), info)
             _refresh_statistics(context, stage, soup)
@@ -362,13 +382,12 @@ def _merge(context: Context, stage: Merge, seed: int, folder: Path) -> dict[str,
         merge_run = merging.MergeRun(len(models), names, task.greater_is_better, score, parent, known)
         stats: list[Any] = []
         if method.measures_on is not None:
-            stats = measuring.measured(method, folders, folder / MEASURED, merge_run, accelerator)
+            stats = measuring.measured(method, parent_folders, folder / MEASURED, merge_run, accelerator)
         method.fit(merge_run)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             shutil.rmtree(folder / ".candidate", ignore_errors=True)
-            with merging.Parents([Path(str(base.path))], ["base"]) if base is not None else _none() as base_parents:
-                merging.merge(method, parents, base_parents, folder / "model", stats=stats)
+            merging.merge(method, parents, start, folder / "model", stats=stats, **_written(stage))
     accelerator.wait_for_everyone()
     loaded = task.load(Model(path=str(folder / "model")), info)
     if statistics:
@@ -376,20 +395,47 @@ def _merge(context: Context, stage: Merge, seed: int, folder: Path) -> dict[str,
         if accelerator.is_main_process:
             save_model(task, loaded, folder / "model", described(context, stage))
     seconds = time.perf_counter() - started
+    figures = beside.measure(context, stage, loaded, names, models, folder)
+    falls_back = stage.fallback is not None and figures.loses
+    if falls_back:
+        kept = names.index(figures.names[figures.best or 0])
+        _keep_parent(context, stage, parent_folders[kept], folder)
+        loaded = task.load(Model(path=str(folder / "model")), info)
+    if accelerator.is_main_process:
+        shutil.rmtree(folder / ".folded", ignore_errors=True)
     facts = measured(context, stage, loaded, folder, loaded.model)
     total = sum(p.numel() for p in loaded.model.parameters())
     facts["cost"].update(seconds=seconds, total_parameters=total, trained_parameters=0, optimizer_steps=0)
-    summary = {**method.summary(), "validation_scores": merge_run.scores}
+    summary = {**method.summary(), "validation_scores": merge_run.scores, **figures.summary(falls_back)}
+    summary["kinship of the parents"] = kinship.summary()
+    facts.update(figures.absent, kinship=kinship.rows())
     facts.update(
         summary=summary,
         lineage={
             "parents": names,
-            "revisions": _revisions(names, models),
+            "revisions": _revisions(names, given),
             "method": grammar.named(stage.method)[0],
             **({"base": str(stage.base.path)} if stage.base else {}),
         },
     )
     return facts
+
+
+def _written(stage: Merge) -> dict[str, Any]:
+    """How the result is written."""
+    return {
+        "out_dtype": getattr(torch, stage.dtype) if stage.dtype else None,
+        "compute": getattr(torch, stage.compute),
+        "shard_bytes": read_size(stage.max_shard_size) if stage.max_shard_size is not None else None,
+    }
+
+
+def _keep_parent(context: Context, stage: Merge, parent: Path, folder: Path) -> None:
+    """Write a parent in place of the merge."""
+    if context.accelerator.is_main_process:
+        with merging.Parents([parent], [str(parent)]) as opened:
+            merging.merge(merging.WeightedMean([1.0]), opened, None, folder / "model", **_written(stage))
+    context.accelerator.wait_for_everyone()
 
 
 def _source(context: Context, stage: Merge, i: int) -> tuple[Stage | None, int]:
@@ -427,14 +473,31 @@ def check_data(context: Context, stage: Merge) -> None:
     """Refuse a merge that looks at data which are not there."""
     method, name = build("merge", stage.method, stage, context.settings), grammar.named(stage.method)[0]
     where, info = f"stages.{stage.name}", context.info(stage)
-    if method.needs_validation and "validation" not in info.splits:
-        raise RecipeError(
-            f"{where}: {name} selects on validation data, and there are none", "give data with a validation split"
-        )
+    for asks, what in ((method.needs_validation, f"{name} selects"), (stage.fallback, "fallback=best_parent chooses")):
+        if asks and "validation" not in info.splits:
+            raise RecipeError(
+                f"{where}: {what} on validation data, and there are none",
+                "give data with a validation split, or hold training rows out: data.validation_size",
+            )
     if method.needs_validation and method.needs_loss:
         measuring.refuse_lacking_loss(where, name, context.task(stage), info, "validation")
     asked = [_asked_on(context, stage, i) for i in range(len(stage.models))]
     measuring.refuse_lacking_data(where, name, method, asked)
+
+
+def _fold(context: Context, stage: Merge, models: list[Model], room: Path) -> list[Model]:
+    """The parents as full models: adapters are written into `room` with their bases, as the task loads them."""
+    task, accelerator, full = context.task(stage), context.accelerator, []
+    if accelerator.is_main_process:
+        shutil.rmtree(room, ignore_errors=True)
+    for i, model in enumerate(models):
+        if is_adapter(model):
+            if accelerator.is_main_process:
+                save_model(task, task.load(model, context.info(stage)), room / str(i), described(context, stage))
+            model = Model(path=str(room / str(i)))
+        full.append(model)
+    accelerator.wait_for_everyone()
+    return full
 
 
 def _revisions(names: list[str], models: list[Model]) -> dict[str, str]:
@@ -442,21 +505,24 @@ def _revisions(names: list[str], models: list[Model]) -> dict[str, str]:
     return {name: model.revision for name, model in zip(names, models, strict=True) if model.revision}
 
 
-@contextmanager
-def _none() -> Iterator[None]:
-    yield None
+WORDS = ("vocabulary", "vocabulary_size", "num_scores")
+"""What a task's signature says of the vocabulary."""
 
 
-def _check_kinship(task: Any, loaded: Loaded, models: list[Model], names: list[str], info: Any) -> None:
-    """Parents must agree on what their outputs and inputs mean, not only on shapes."""
+def _check_kinship(
+    task: Any, loaded: Loaded, models: list[Model], names: list[str], info: Any, words: bool = True
+) -> None:
+    """Parents must agree on what their outputs and inputs mean, not only on shapes. words: on those, too."""
     first = task.signature(loaded)
     for name, model in zip(names[1:], models[1:], strict=True):
         other = task.signature(task.load(model, info))
         for key in first.keys() & other.keys():
-            if first[key] != other[key]:
+            if first[key] != other[key] and (words or key not in WORDS):
                 raise RecipeError(
                     f"'{names[0]}' and '{name}' differ in {key}",
-                    "merge models of the same labels, vocabulary and preprocessing",
+                    "bring them to one vocabulary: vocabulary=union, first, or one of the models"
+                    if key in WORDS
+                    else "merge models of the same labels, vocabulary and preprocessing",
                 )
 
 

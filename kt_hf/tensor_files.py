@@ -38,7 +38,7 @@ _DTYPES = {word: dtype for dtype, word in checkpoint.DTYPES.items()}
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model directory. Raises `IntegrityError` where one is missing."""
     if (folder / "adapter_config.json").exists():
-        raise RecipeError(f"{folder} holds an adapter", "merge stages take full models: export LoRA as `save: merged`")
+        raise RecipeError(f"{folder} holds an adapter, and a full model is needed here", "name a full model")
     if (folder / INDEX).is_file():
         return [folder / name for name in dict.fromkeys(_index(folder).values())]
     for name in SINGLE:

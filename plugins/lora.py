@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from torch import nn
 
-from kt_hf import Strategy
+from kt_hf import Strategy, loading
 from kt_hf.errors import RecipeError, nearest
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ class Lora(Strategy):
         return adapted
 
     def export(self, model: nn.Module) -> nn.Module:
-        return model if self.save == "adapter" else model.merge_and_unload()  # type: ignore[operator]
+        return model if self.save == "adapter" else loading.merged(model)
 
 
 def _default_targets(model: nn.Module, head: list[str]) -> list[str]:

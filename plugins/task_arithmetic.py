@@ -22,6 +22,7 @@ class TaskArithmetic(MergeMethod):
     paper = "Ilharco et al. 2023, Editing Models with Task Arithmetic, arXiv:2212.04089"
     needs_base = True
     elementwise = True
+    linear = True
 
     def __init__(self, *, weights: list[float] | None = None, scaling: float = 1.0):
         self.weights, self.scaling = weights, scaling

@@ -20,6 +20,7 @@ class UniformSoup(MergeMethod):
 
     paper = "Wortsman et al. 2022, Model soups, arXiv:2203.05482"
     elementwise = True
+    linear = True
 
     def __init__(self, *, weights: list[float] | None = None):
         self.weights = weights

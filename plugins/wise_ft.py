@@ -23,6 +23,7 @@ class WiseFt(MergeMethod):
     paper = "Wortsman et al. 2022, Robust fine-tuning of zero-shot models, equation (1), arXiv:2109.01903"
     needs_base = True
     elementwise = True
+    linear = True
     max_parents = 1
 
     def __init__(self, *, alpha: float | str = 0.5, curve: list[float] | None = None):

@@ -436,7 +436,17 @@ class HidesItsBase(MergeMethod):
         return base + (torch.stack(tensors_M) - base).mean(0)
 
 
+class SaysItAddsUp(MergeMethod):
+    """What depends on the tensors' sizes is no weighted sum."""
+
+    linear = True
+
+    def tensor(self, name: str, tensors_M: list[torch.Tensor], base: Any, stats: Any) -> torch.Tensor:
+        return torch.stack(tensors_M).mean(0) * (1 + torch.stack(tensors_M).std(0))
+
+
 def test_merges_can_fail():
+    assert "linear-is-a-weighted-sum" in broken("merge", SaysItAddsUp)
     assert set(broken("merge", SpreadsTheMeans)) == {"pieces-give-the-whole"}
     assert set(broken("merge", HidesItsBase)) == {"does-without-a-base"}
     assert set(broken("merge", SumsUp)) == {"copies-give-the-model"}

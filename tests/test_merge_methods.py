@@ -22,7 +22,7 @@ from peft.utils import merge_utils
 from safetensors.torch import load_file, save_file
 from test_merging import FAST, shapes, summary
 
-from kt_hf import Data, Merge, Model, Recipe, Train, merging, registry, run
+from kt_hf import Data, Merge, Model, Recipe, Train, merge_command, merging, registry, run
 from kt_hf.errors import IntegrityError, RecipeError
 from kt_hf.functional import spherical, task_vectors
 from kt_hf.functional.magnitude import PART, keep_largest, magnitude_threshold, num_kept, order_of_rows
@@ -539,7 +539,7 @@ def test_seeds_of_a_stage_count_as_parents(tmp_path):
 
 def test_a_base_with_other_tensors_or_nan_is_refused(tmp_path, family):
     weights = load_file(str(Path(family["base"]) / "model.safetensors"))
-    name = "classifier.weight"
+    name = "vit.layernorm.weight"
 
     def based(change: Callable[[dict[str, torch.Tensor]], Any], folder: Path) -> Recipe:
         changed = {k: t.clone() for k, t in weights.items()}
@@ -551,13 +551,30 @@ def test_a_base_with_other_tensors_or_nan_is_refused(tmp_path, family):
 
     for i, (change, kind, said) in enumerate(
         (
-            (lambda w: w.pop(name), RecipeError, "'base' differ in 1 tensors: classifier.weight"),
+            (lambda w: w.pop(name), RecipeError, f"'base' differ in 1 tensors: {name}"),
             (lambda w: w.update({name: torch.zeros(5, 2)}), RecipeError, "in 'base'"),
             (lambda w: w[name].fill_(float("nan")), IntegrityError, "'base' has non-finite"),
         )
     ):
         with pytest.raises(kind, match=said):
             run(based(change, tmp_path / f"base{i}"), tmp_path / f"out{i}")
+
+
+def test_what_the_base_lacks_of_the_head_is_the_parents_mean(tmp_path, family, caplog):
+    """A pretrained backbone has no head, and other names."""
+    models = [family[str(i)] for i in range(3)]
+    whole = load_file(str(Path(family["base"]) / "model.safetensors"))
+    (tmp_path / "bare").mkdir()
+    bare = {n.removeprefix("vit."): t for n, t in whole.items() if n.startswith("vit.")}
+    save_file(bare, str(tmp_path / "bare" / "model.safetensors"), {"format": "pt"})
+    shutil.copy(Path(family["base"]) / "config.json", tmp_path / "bare")
+    merge_command.merge("ties", models, tmp_path / "merged", base=str(tmp_path / "bare"), given={"density": 0.4})
+    assert "has no such head: the parents' mean is taken of classifier.bias, classifier.weight" in caplog.text
+    parents = [load_file(str(Path(m) / "model.safetensors")) for m in models]
+    for name, found in load_file(str(tmp_path / "merged" / "model.safetensors")).items():
+        given = [p[name] for p in parents]
+        head = name.startswith("classifier")
+        close(found, torch.stack(given).mean(0) if head else merged("ties", given, whole[name], density=0.4))
 
 
 # --- whole recipes ---------------------------------------------------------------------------------------------------

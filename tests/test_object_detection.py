@@ -437,12 +437,10 @@ def test_the_plan_plays_a_step_without_content(tmp_path):
 
 
 @pytest.mark.slow
-def test_every_strategy_and_two_ranks(tmp_path):
+def test_every_strategy(tmp_path):
     path = folder(tmp_path / "data", train=16, validation=5, test=7)
     entries = task_grid.run_grid(tmp_path / "out", Data(str(path)), YOLOS, {"object-detection": {}}, ensemble=False)
     assert all(entry["metric"] == "mean_average_precision" for entry in entries.values())
-    saved = str(tmp_path / "out" / "teacher" / "model")
-    task_grid.compare_ranks(tmp_path, saved, str(path), "object-detection", [])
 
 
 @pytest.mark.slow

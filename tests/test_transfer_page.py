@@ -25,7 +25,9 @@ def test_the_page_is_of_the_figures(tasks):
     assert [row["row"] for row in rows] == [name for name in tasks.ROWS if name in {row["row"] for row in rows}]
     assert tasks.PAGE.read_text() == tasks.page(rows)
     for row in rows:
-        assert row["gain"]["seeds"] == 3 and row["gain"]["low"] < row["gain"]["value"] < row["gain"]["high"], row["row"]
+        gain = row["gain"]  # without width where both models answered the majority class throughout
+        assert gain["seeds"] == 3 and gain["low"] <= gain["value"] <= gain["high"], row["row"]
+        assert gain["low"] < gain["high"] or all(s["value"] == 0 for s in row["stages"].values()), row["row"]
 
 
 def test_recipes_of_rows_have_no_mistakes(tasks, monkeypatch, tmp_path):

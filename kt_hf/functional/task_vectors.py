@@ -14,6 +14,7 @@ import torch
 from .magnitude import PART, Keep, num_kept, order_of_rows
 
 Combination = Literal["linear", "ties"]
+Division = Literal["count", "weights", "none"]
 Rescaling = Literal["density", "l1", "none"]
 TINY = 1e-9
 """Keeps a sum of no shares from being divided by."""
@@ -39,15 +40,15 @@ def task_arithmetic(
 
 
 def elected_mean(
-    vectors_M: Sequence[torch.Tensor], weights_M: Sequence[float], divide_by: Literal["count", "weights"] = "count"
+    vectors_M: Sequence[torch.Tensor], weights_M: Sequence[float], divide_by: Division = "count"
 ) -> torch.Tensor:
     """Of each element the mean over those models that have the elected sign, which is that of sum_m w_m tau_m; a sum
     of 0 elects the positive sign, and a tau of 0 agrees with none.
 
     `count` divides the weighted sum by the number of models that agree, as the paper and peft do; `weights` by the sum
-    of their |w_m|, as mergekit does. They are one where all weights are 1. Elects by weighted values, as mergekit does
-    (peft weighs after the election; the paper has no weights). Sums up in float64, so that the order of the models does
-    not decide a sign.
+    of their |w_m|, as mergekit does; `none` leaves the sum, as mergekit does without `normalize`. The first two are one
+    where all weights are 1. Elects by weighted values, as mergekit does (peft weighs after the election; the paper has
+    no weights). Sums up in float64, so that the order of the models does not decide a sign.
     Source: Yadav et al. 2023, TIES-Merging, steps 2 and 3 (elect, disjoint merge) (arXiv:2306.01708).
     """
     merged = torch.empty_like(vectors_M[0], memory_format=torch.contiguous_format)
@@ -70,6 +71,8 @@ def _elected_mean(values_MC: torch.Tensor, weights_M: Sequence[float], divide_by
     elected_C = sum_C.sign().add_(0.5).sign_().to(values_MC.dtype)
     # twice what agrees: all, and once more with the elected sign; what disagrees cancels out
     agreeing_C = values_MC.abs_().sum(0).mul_(elected_C).add_(sum_C.to(values_MC.dtype))
+    if divide_by == "none":
+        return agreeing_C.div_(2)
     shares_C = signs_MC.sum(0).mul_(elected_C).add_(signs_MC.abs_().sum(0))
     return agreeing_C.div_(shares_C.clamp_(min=TINY))
 
@@ -80,7 +83,7 @@ def ties(
     weights_M: Sequence[float],
     density: float,
     scaling: float = 1.0,
-    divide_by: Literal["count", "weights"] = "count",
+    divide_by: Division = "count",
 ) -> torch.Tensor:
     """theta_0 + scaling * `elected_mean` of the trimmed task vectors, part by part: no task vector is ever whole.
 
@@ -104,7 +107,7 @@ def combined(
     weights_M: Sequence[float],
     scaling: float = 1.0,
     combine: Combination = "linear",
-    divide_by: Literal["count", "weights"] = "count",
+    divide_by: Division = "count",
 ) -> torch.Tensor:
     """theta_0 + scaling * (the weighted sum of what is left of the task vectors, or their elected mean)."""
     if combine == "linear":
@@ -126,7 +129,7 @@ def drop(
     kept = vector * (torch.rand(vector.shape, generator=generator) < density)
     if rescale == "density":
         return kept.div_(density)
-    return _same_l1(kept, vector) if rescale == "l1" else kept
+    return same_l1(kept, vector) if rescale == "l1" else kept
 
 
 def drop_by_rank(
@@ -155,10 +158,10 @@ def drop_by_rank(
         factors_RN = (torch.rand(some_RN.shape, generator=generator) < keep_N) * scale_N
         out_RN.scatter_(1, order_of_rows(some_RN), factors_RN.to(out_RN.dtype)).mul_(some_RN)
     kept = kept_RN.reshape(vector.shape)
-    return _same_l1(kept, vector) if rescale == "l1" else kept
+    return same_l1(kept, vector) if rescale == "l1" else kept
 
 
-def _same_l1(kept: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+def same_l1(kept: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
     """`kept`, scaled to the sum of magnitudes of `vector`; as it is where nothing was kept."""
     left = kept.abs().sum(dtype=torch.float64)
     return kept * float(vector.abs().sum(dtype=torch.float64) / left) if left > 0 else kept

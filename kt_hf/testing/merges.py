@@ -213,3 +213,20 @@ def measures_the_same_again(case: MergeCase) -> None:
     found, again = (asked.parent("a", case.parents[0]).in_files(method.measure(run.parent(0), run)) for _ in range(2))
     demand(found, "it measures on data, and returns nothing")
     demand(not (names := differing(found, again)), f"it measured something else the second time: {some(names)}")
+
+
+@rule("merge", "linear-is-a-weighted-sum", needs=("merges-finitely",))
+def linear_is_a_weighted_sum(case: MergeCase) -> None:
+    """What says `linear = True` gives the sum of its inputs, weighted as it weighs unit vectors."""
+    if not case.cls.linear:  # type: ignore[attr-defined]
+        raise NotApplicable("it does not say so")
+    method = case.fitted()
+    for name in SHAPES:
+        given = [p[name] for p in case.parents] + ([case.base[name]] if case.cls.needs_base else [])  # type: ignore[attr-defined]
+        units = list(torch.eye(len(given)))
+        base_unit = units[case.count] if len(units) > case.count else None
+        weights = method.tensor(name, units[: case.count], base_unit, None)
+        wanted = sum(w * t for w, t in zip(weights.tolist(), given, strict=True))
+        found = method.tensor(name, given[: case.count], given[case.count] if base_unit is not None else None, None)
+        near = torch.allclose(found, torch.as_tensor(wanted), rtol=CLOSE["rtol"], atol=1e-5)
+        demand(near, f"{name} is no sum with the weights that unit vectors get")

@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from kt_hf.testing.bench import Trained
 from kt_hf.testing.rules import Broken
 from kt_hf.testing.strategies import HALF, StrategyCase, Watch
 
@@ -44,6 +45,7 @@ def train(
         "bench": str(case.bench.folder),
         "where": str(folder),
         "kill": kill,
+        "threads": torch.get_num_threads() if processes == 1 else 1,
         "training": training,
     }
     (folder / "spec.json").write_text(json.dumps(spec))
@@ -52,7 +54,7 @@ def train(
     paths = [p for p in (str(Path(kt_hf_folder())), *sys.path) if p]
     environment = {
         **os.environ,
-        "OMP_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": str(spec["threads"]),
         "CUDA_VISIBLE_DEVICES": "",
         "PYTHONPATH": os.pathsep.join(paths),
     }
@@ -66,6 +68,12 @@ def train(
         errors = [line for line in done.stderr.splitlines() if "Error" in line] or done.stderr.splitlines() or [""]
         raise Broken(f"a process failed with code {done.returncode}: {errors[0].strip()[:300]}")
     return load_file(folder / "result.safetensors")
+
+
+def outcome(trained: Trained) -> dict[str, torch.Tensor]:
+    """Exported weights and the strategy's state."""
+    weights = {f"model/{k}": v.contiguous() for k, v in trained.weights.items()}
+    return {**weights, **{f"strategy/{k}": v.contiguous() for k, v in trained.state.items()}}
 
 
 def kt_hf_folder() -> Path:
@@ -103,16 +111,12 @@ def main(path: str) -> None:
     cls = find_class(spec["module"], spec["qualname"], spec["file"])
     case = StrategyCase(spec["name"], cls, spec["given"], Path(spec["where"]), spec["task"])
     case.bench.folder = Path(spec["bench"])  # models are there already
-    torch.set_num_threads(1)
+    torch.set_num_threads(spec["threads"])
     strategy = case.build()
     stack = {case.name: strategy, "watch": Killer() if spec["kill"] else Watch(None)}
     trained = case.bench.train(stack, case.folder / "run", **spec["training"])
     if trained.run.rank == 0:
-        weights = {f"model/{k}": v.contiguous() for k, v in trained.weights.items()}
-        save_file(
-            {**weights, **{f"strategy/{k}": v.contiguous() for k, v in trained.state.items()}},
-            case.folder / "result.safetensors",
-        )
+        save_file(outcome(trained), case.folder / "result.safetensors")
     trained.run.accelerator.wait_for_everyone()
     if trained.run.world > 1:
         torch.distributed.destroy_process_group()
