@@ -120,11 +120,11 @@ class Parent:
     def losses(self, outputs: Any, batch: Batch) -> list[tuple[torch.Tensor, str]]:
         """The parts of the task's loss, each summed over the batch, and the unit that it is a mean over.
 
-        Raises `RecipeError` for a task that has no loss of its own.
+        Raises `NotMeaningful` for a task that has no loss of its own.
         """
         if not self.task.has_loss:
-            raise RecipeError(
-                f"{type(self.task).__name__} has no loss of its own to ask '{self.label}' for",
+            raise NotMeaningful(
+                f"{type(self.task).__name__} has no loss of its own that parents could be asked for",
                 "take a merge that does not need one",
             )
         found = self.task.loss(outputs, batch)

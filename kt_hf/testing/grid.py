@@ -22,8 +22,8 @@ OF_FINETUNE: dict[str, dict[str, Any]] = {
     "linear probe": {"linear_probe": True},
 }
 """Columns that are settings of one strategy."""
-SOUPS = ("greedy_soup", "uniform_soup")
-"""Merges know no tasks, only tensors: these two show that models of a task can be merged, for all others."""
+MERGES = ("fisher", "greedy_soup", "learned_soup", "regmean", "uniform_soup")
+"""Those that run models of a task, and the one that stands for all others, which know no tasks but tensors."""
 
 
 OUTCOMES = ("tested", "refused", "not meaningful")
@@ -111,7 +111,7 @@ def columns() -> dict[str, tuple[str, str, dict[str, Any]]]:
     }
     for kind in ("strategy", "merge", "ensemble"):
         for name in registry.names(kind):
-            if kind != "merge" or name in SOUPS:
+            if kind != "merge" or name in MERGES:
                 found.setdefault(name, (kind, name, {}))
     return found
 
@@ -134,8 +134,8 @@ def page(cells: dict[str, dict[str, list[str]]]) -> str:
         "Written by `GRID=docs/grid pytest -m slow tests/test_grid.py`, which trains, merges or combines tiny fresh",
         "models of every task by a recipe, and compares what it finds with what is written here.",
         "",
-        "Of merges, which know no tasks but tensors, the soups stand for all; the others are tried on tensors",
-        "(tests/test_merge_methods.py).",
+        "Of merges these are the ones that run models of a task; for all others, which know no tasks but tensors,",
+        "uniform_soup stands (tests/test_merge_methods.py tries them).",
         "",
         "yes: it ran, and its result was saved, loaded and measured. A number: refused before anything was trained, or",
         "(in brackets) without a meaning for the task; the notes below say why.",
