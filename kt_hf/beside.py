@@ -98,7 +98,7 @@ def measure(
     if found.best is None:
         found.absent[BEST] = "no validation data tell which parent is the best"
     else:
-        _keep(context, predictions[found.best], folder / f"{BEST}.safetensors")
+        keep(context, predictions[found.best], folder / f"{BEST}.safetensors")
     if len(models) == 1:
         found.absent[ENSEMBLE] = "one parent is no ensemble"
         return found
@@ -107,11 +107,11 @@ def measure(
         together = ensembling.EnsembleBundle(members, task, registry.load("ensemble", "mean")().combine)  # type: ignore[attr-defined]
         together.to(context.accelerator.device)
         outputs = evaluation.predict(together, together, context.accelerator, info, info.evaluation_split, 64)
-    except (RecipeError, NotImplementedError) as error:
-        found.absent[ENSEMBLE] = error.cause if isinstance(error, RecipeError) else str(error)
+    except RecipeError as error:
+        found.absent[ENSEMBLE] = error.cause
         return found
     found.figures["their output ensemble"] = task.measure(outputs, members.joined, info).metrics[task.metric]
-    _keep(context, outputs, folder / f"{ENSEMBLE}.safetensors")
+    keep(context, outputs, folder / f"{ENSEMBLE}.safetensors")
     return found
 
 
@@ -143,7 +143,8 @@ def _value(context: Context, stage: Merge, loaded: Loaded, split: str) -> float:
     return float(task.measure(_predict(context, stage, loaded, split), loaded, info).metrics[task.metric])
 
 
-def _keep(context: Context, found: dict[str, np.ndarray], path: Path) -> None:
+def keep(context: Context, found: dict[str, np.ndarray], path: Path) -> None:
+    """Predictions in a file, for the report."""
     if context.accelerator.is_main_process:
         tensors = {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in found.items()}
         checkpoint.write(path, checkpoint.tensor_chunks(tensors))

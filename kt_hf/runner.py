@@ -20,6 +20,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 
 from kt_hf import (
     augmenting,
+    heads,
     range_test,
     registry,
     search,
@@ -288,6 +289,8 @@ def _check_merge(stage: Merge, method: MergeMethod, recipe: Recipe) -> None:
         check_parents(grammar.named(stage.method)[0], method, names, base)
         if stage.max_shard_size is not None:
             read_size(stage.max_shard_size)
+        if stage.head is not None:
+            heads.place(stage.head, names)
         vocabularies.check(stage.vocabulary, names, "base" if base else None, stage.new_rows)
     except RecipeError as error:
         raise RecipeError(f"stages.{stage.name}: {error.cause}", error.remedy) from None

@@ -184,9 +184,7 @@ def _measure_start(context: Context, stage: Train, folder: Path) -> str | None:
     if loaded.new_parameters:
         return f"the model has nothing trained for this task ({', '.join(loaded.new_parameters[:2])} are new)"
     found = _predict(context, task, loaded, loaded.model, info, info.evaluation_split)
-    if context.accelerator.is_main_process:
-        tensors = {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in found.items()}
-        checkpoint.write(folder / "zero_shot.safetensors", checkpoint.tensor_chunks(tensors))
+    beside.keep(context, found, folder / "zero_shot.safetensors")
     return None
 
 

@@ -251,6 +251,12 @@ def test_a_stage_keeps_the_head_of_one(tmp_path):
     assert report["m"]["metrics"]["accuracy"]["value"] >= 0.5
 
 
+def test_a_head_that_is_no_parents_is_refused_before_anything_is_read(tmp_path):
+    stages = [Merge("m", "uniform_soup", models=["a", "b"], head="c")]
+    with pytest.raises(RecipeError, match=r"stages\.m: head: got 'c', which names none of the parents"):
+        run(Recipe(stages, data=Data("none")), tmp_path / "out")
+
+
 def test_a_fallback_needs_validation_data(tmp_path):
     shapes(tmp_path / "data", {})
     (tmp_path / "test").mkdir()
