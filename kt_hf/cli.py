@@ -374,7 +374,20 @@ def _merge_as_described(options: argparse.Namespace) -> str:
     from kt_hf.errors import RecipeError
 
     said = {"METHOD": options.method, "--models": options.models, "key=value": options.settings}
-    said |= {f"--{key.replace('_', '-')}": getattr(options, key) for key in ("base", "dtype", "vocabulary", "new_rows")}
+    elsewhere = (
+        "base",
+        "head",
+        "dtype",
+        "vocabulary",
+        "new_rows",
+        "dry_run",
+        "fold",
+        "rank",
+        "error",
+        "combine",
+        "in_full",
+    )
+    said |= {f"--{key.replace('_', '-')}": getattr(options, key) for key in elsewhere}
     if odd := [key for key, value in said.items() if value]:
         raise RecipeError(f"{' and '.join(odd)} beside --config", "write it in that file, or leave --config out")
     return mergekit_merge.merge(
@@ -383,6 +396,7 @@ def _merge_as_described(options: argparse.Namespace) -> str:
         compute=options.compute,
         max_shard_size=options.max_shard_size,
         threads=options.threads,
+        check=not options.no_check,
     )
 
 

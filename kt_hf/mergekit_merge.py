@@ -12,7 +12,8 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from kt_hf.errors import Collector, RecipeError
 from kt_hf.functional import task_vectors
 from kt_hf.functional.magnitude import keep_largest, num_kept
 from kt_hf.merge import MergeMethod
+from kt_hf.merge_command import Origin, card, check_words, find, refuse_existing, refuse_other_meanings
 from kt_hf.merge_engine import Job
 from kt_hf.mergekit_yaml import BASED, METHODS, Config, Ref, Slice, read, resolve
 from kt_hf.merging import Tensors
@@ -40,8 +42,10 @@ def merge(
     compute: str | None = None,
     max_shard_size: str | int | None = None,
     threads: int | None = None,
+    check: bool = True,
 ) -> str:
-    """Merge as a file in mergekit's format says, into a new folder; returns a line on what was done.
+    """Merge as a file in mergekit's format says, into a new folder; returns a line on what was done. A model with an
+    adapter (`model+adapter`) is folded first.
 
     compute: float32 or float64; default: float64 where the file's `dtype` is that. Others: as in `merge_command.merge`.
 
@@ -49,20 +53,58 @@ def merge(
         RecipeError: mistakes in the file, all together, models that do not fit it or each other, an output that exists.
         IntegrityError: files that are missing or torn, weights that are not finite.
     """
-    from kt_hf import merge_command as command
-    from kt_hf import vocabularies
     from kt_hf.tensor_files import read_size
 
     output, config = Path(output), read(path)
-    command.check_words(None, compute or "float32", threads)
-    shard_bytes = read_size(max_shard_size) if max_shard_size is not None else None
-    command.refuse_existing(output)
-    found = {ref: command.find(ref.path, ref.revision) for ref in config.models}
+    check_words(None, compute or "float32", threads)
+    how: dict[str, Any] = {
+        "compute": getattr(torch, compute or ("float64" if config.dtype == "float64" else "float32")),
+        "shard_bytes": read_size(max_shard_size) if max_shard_size is not None else None,
+        "threads": threads,
+    }
+    refuse_existing(output)
+    with _found(config.models, output) as found:
+        return _merge(config, found, output, text=Path(path).read_text(encoding="utf-8-sig"), check=check, **how)
+
+
+@contextmanager
+def _found(models: Sequence[Ref], output: Path) -> Iterator[dict[Ref, Origin]]:
+    """Where the models are; those with an adapter are folded beside the output, and gone on leaving."""
+    from kt_hf.adapters import open_adapter
+    from kt_hf.folding import fold
+
+    found = {ref: find(ref.path, ref.revision) for ref in models}
+    if not any(ref.adapter for ref in models):
+        yield found
+        return
+    with merging.hidden(output.with_name(f".{output.name}.folded"), output) as room:
+        for i, (ref, origin) in enumerate(found.items()):
+            if ref.adapter:
+                adapter = find(ref.adapter.path, ref.adapter.revision)
+                fold(open_adapter(adapter.folder, str(ref.adapter)), origin.folder, room / str(i))
+                found[ref] = replace(origin, name=str(ref), folder=room / str(i))
+        yield found
+
+
+def _merge(
+    config: Config,
+    found: dict[Ref, Origin],
+    output: Path,
+    *,
+    text: str,
+    check: bool,
+    compute: torch.dtype,
+    shard_bytes: int | None,
+    threads: int | None,
+) -> str:
+    from kt_hf import vocabularies
+    from kt_hf.trial import try_out
+
     parents = [origin for ref, origin in found.items() if ref != config.base]
     all_of_them = [*parents, *(origin for ref, origin in found.items() if ref == config.base)]
     policies = "bring them to one vocabulary: tokenizer_source: union, base, or one of the models"
     words = policies if config.tokenizer_source is None else None
-    command.refuse_other_meanings(all_of_them, len(parents), False, words=words)
+    refuse_other_meanings(all_of_them, len(parents), False, words=words)
     donor = found[config.models[0]]
     vocabulary = None
     if config.tokenizer_source is not None:
@@ -74,17 +116,24 @@ def merge(
         [o.folder for o in found.values()], [str(r) for r in found], vocabulary=vocabulary, alike=config.whole
     )
     models = dict(zip(found, opened.models, strict=True))
-    began = time.perf_counter()
+    began, tried = time.perf_counter(), 0.0
+
+    def verify(folder: Path) -> None:
+        nonlocal tried
+        start = time.perf_counter()
+        try_out(folder)
+        tried = time.perf_counter() - start
+
     plan = Plan(config, models, {ref: merging.config(origin.folder) for ref, origin in found.items()})
     jobs = plan.jobs()
     files: dict[str, Any] = dict(vocabulary.files) if vocabulary else {}
     if config.chat_template is not None:
         folders = [origin.folder for origin in found.values()]
         files |= _templated(config.chat_template, folders, donor.folder, files)
-    files["README.md"] = command.card(
+    files["README.md"] = card(
         output.name, config.method, dict(config.parameters), parents or [donor], found.get(config.base or Ref(""))
     )
-    files["mergekit_config.yml"] = Path(path).read_text(encoding="utf-8-sig")
+    files["mergekit_config.yml"] = text
     dtype = config.out_dtype or config.dtype
     single, shard_bytes = merging.layout(donor.folder, shard_bytes)
     size = merging.write(
@@ -92,14 +141,15 @@ def merge(
         donor.folder,
         output,
         out_dtype=getattr(torch, dtype) if dtype else _own_dtype(models[config.models[0]], jobs),
-        compute=getattr(torch, compute or ("float64" if config.dtype == "float64" else "float32")),
+        compute=compute,
         single=single,
         shard_bytes=shard_bytes,
         threads=threads,
         files=files,
+        verify=verify if check else None,
         configure=lambda settings: plan.configured(vocabulary.configured(settings) if vocabulary else settings),
     )
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - began - tried
     return f"merged {len(found)} models by {config.method} into {output}: {size / 1e9:.3g} GB in {seconds:.1f} s"
 
 

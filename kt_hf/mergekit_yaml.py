@@ -24,13 +24,15 @@ MODEL_FREE = ("union", "base")
 
 
 class Ref(NamedTuple):
-    """A model: a folder or a Hub id, and its revision."""
+    """A model: a folder or a Hub id, its revision, and the adapter that is folded into it first."""
 
     path: str
     revision: str | None = None
+    adapter: Ref | None = None
 
     def __str__(self) -> str:
-        return f"{self.path}@{self.revision}" if self.revision else self.path
+        own = f"{self.path}@{self.revision}" if self.revision else self.path
+        return f"{own}+{self.adapter}" if self.adapter else own
 
 
 @dataclass(frozen=True)
@@ -289,28 +291,30 @@ class _Reader:
         return found
 
     def model(self, raw: Any, where: str) -> Ref | None:
-        path, revision, adapter = raw, None, None
+        given, adapter = raw, None
         if isinstance(raw, dict):
             self.keys(raw, ("model", "lora", "override_architecture", "path", "revision"), where)
             if raw.get("override_architecture"):
                 self.add(
                     f"{where}.override_architecture: merges go by the tensors, not by the architecture", "take it out"
                 )
-            inner, adapter = raw.get("model", raw), raw.get("lora")
-            path, revision = (inner.get("path"), inner.get("revision")) if isinstance(inner, dict) else (inner, None)
+            given, adapter = raw.get("model", raw), raw.get("lora")
+        if isinstance(given, str) and not os.path.exists(given) and "+" in given:
+            given, _, adapter = given.partition("+")
+        model = self.place(given, where)
+        if model is None or not adapter:
+            return model
+        lora = self.place(adapter, f"{where}.lora")
+        return model._replace(adapter=lora) if lora else None
+
+    def place(self, raw: Any, where: str) -> Ref | None:
+        path, revision = (raw.get("path"), raw.get("revision")) if isinstance(raw, dict) else (raw, None)
         if not isinstance(path, str) or not path:
             self.add(f"{where}: got {shorten(raw)}", "a folder, or a Hub id as NAME, OWNER/NAME or OWNER/NAME@REVISION")
             return None
         if not os.path.exists(path):
-            path, plus, lora = path.partition("+")
-            adapter = lora if plus else adapter
             path, _, named = path.partition("@")
             revision = named or revision
-        if adapter:
-            self.add(
-                f"{where}: the adapter '{adapter}' is to be folded into '{path}'",
-                "fold it in first, save that model (peft's merge_and_unload), and name its folder here",
-            )
         return Ref(path, revision)
 
     def layers(self, raw: Any, where: str) -> tuple[int, int] | None:

@@ -32,7 +32,14 @@ def try_out(folder: Path) -> None:
     if cls is None:
         logger.warning("the result was not tried: transformers has no class for it")
         return
-    model, said = cls.from_pretrained(folder, output_loading_info=True, dtype="auto")
+    try:
+        model, said = cls.from_pretrained(folder, output_loading_info=True, dtype="auto")
+    except Exception as error:  # whatever transformers says to weights or a configuration that it cannot use
+        told = " ".join(str(error).split())[:300]
+        raise IntegrityError(
+            f"the merged model cannot be loaded: {told}",
+            "look at the parents' files; --no-check writes it all the same",
+        ) from error
     if missing := sorted(said["missing_keys"]):
         raise IntegrityError(
             f"the merged model lacks {', '.join(missing[:4])} of {cls.__name__}", "look at the parents' files"

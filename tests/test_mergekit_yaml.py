@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from test_vocabularies import OTHERS, SENTENCES, bpe, llama
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from kt_hf import mergekit_merge, mergekit_yaml
 from kt_hf.cli import main
@@ -26,7 +27,7 @@ LAYERS = {"base": 4, "a": 4, "b": 4, "deep": 6}
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> Path:
     """A folder with tiny Llamas: a base, two that come from it, and a deeper one."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig
 
     root = tmp_path_factory.mktemp("models")
     sizes = {"vocab_size": 48, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4}
@@ -285,7 +286,9 @@ def test_lists_by_layer_in_the_configuration_follow_the_layers(tmp_path, here):
         (tmp_path / name / "config.json").write_text(json.dumps(config))
     described = {"merge_method": "passthrough", "slices": [part(("a", 1, 4)), part(("deep", 4, 6)), part(("a", 3, 4))]}
     text = json.dumps(described).replace("./", f"{tmp_path}/")
-    merge(tmp_path, json.loads(text))
+    with pytest.raises(IntegrityError, match=r"the merged model cannot be loaded: .*layer_types"):
+        merge(tmp_path, json.loads(text))  # no kinds of layers that transformers knows
+    merge(tmp_path, json.loads(text), check=False)
     config = json.loads((tmp_path / "ours" / "config.json").read_text())
     assert config["num_hidden_layers"] == 6
     assert config["layer_types"] == ["a 1", "a 2", "a 3", "deep 4", "deep 5", "a 3"]
@@ -330,6 +333,49 @@ def test_dtypes_are_written_and_told(tmp_path, here, said, stored):
     assert {t.dtype for t in found.values()} == {stored or torch.bfloat16}
     config = json.loads((tmp_path / "ours" / "config.json").read_text())
     assert config["dtype"] == str(stored or torch.bfloat16).removeprefix("torch.")
+
+
+@pytest.mark.parametrize(
+    "named", ["./a+./lora", {"model": "./a", "lora": "./lora"}, {"model": {"path": "./a"}, "lora": {"path": "./lora"}}]
+)
+def test_an_adapter_is_folded_into_its_model_first(tmp_path, here, named):
+    """Into the model that is named, not into that on which it was trained."""
+    tuned = get_peft_model(
+        LlamaForCausalLM.from_pretrained("base"), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    )
+    tuned.save_pretrained("lora")
+    merged = merge(
+        tmp_path,
+        {"merge_method": "linear", "models": [{"model": m, "parameters": {"weight": 1}} for m in (named, "./b")]},
+    )
+    shutil.rmtree("lora")
+    change = {
+        n.replace("base_model.model.", ""): m.get_delta_weight("default")
+        for n, m in tuned.named_modules()
+        if hasattr(m, "get_delta_weight")
+    }
+    assert len(change) == LAYERS["base"]
+    a, b = load(here / "a"), load(here / "b")
+    for name in a:
+        added = change.get(name.removesuffix(".weight"), torch.zeros(1))
+        assert torch.allclose(merged[name], (a[name] + added + b[name]) / 2, atol=1e-6), name
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_the_result_is_tried_before_it_gets_its_name(tmp_path, models, monkeypatch):
+    """Finite weights whose logits are not."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(models / "a", "loud")
+    weights = load(Path("loud"))
+    for name in weights:
+        if name.endswith("proj.weight") or name == "lm_head.weight":
+            weights[name] = weights[name] * 1e30
+    save_file(weights, "loud/model.safetensors", {"format": "pt"})
+    described = {"merge_method": "linear", "models": [{"model": m, "parameters": {"weight": 1}} for m in ("./loud",)]}
+    with pytest.raises(IntegrityError, match="logits are not finite"):
+        merge(tmp_path, described)
+    assert not Path("ours").exists() and not list(Path().glob(".*"))
+    assert merge(tmp_path, described, check=False).keys() == weights.keys()
 
 
 def test_vocabularies_are_brought_together_as_the_file_says(tmp_path, here):
@@ -386,8 +432,7 @@ def with_source(**more: Any) -> dict[str, Any]:
         ({**LINEAR, "slices": [part(("a", 0, 1))]}, "models and slices given"),
         ({"merge_method": "linear"}, "neither models nor slices given"),
         ({**LINEAR, "modules": {"text": {}}}, "modules: parts of a model cannot be merged apart"),
-        (with_source(model="./a+./lora"), "models.0.model: the adapter './lora' is to be folded into './a'"),
-        (with_source(model={"model": "./a", "lora": "./x"}), "the adapter './x'"),
+        (with_source(model={"model": "./a", "lora": 7}), "models.0.model.lora: got 7"),
         (with_source(model=7), "models.0.model: got 7"),
         (with_source(wieght=1), "models.0.wieght: unknown setting"),
         (with_source(parameters={"weigth": 1, "weight": 1}), "models.0.parameters.weigth: unknown parameter"),
@@ -483,6 +528,7 @@ def test_a_file_that_asks_for_python_objects_is_not_read(tmp_path):
     [
         (["ties", "--config", "x.yml"], "METHOD beside --config"),
         (["--config", "x.yml", "--base", "b", "--dtype", "float32"], "--base and --dtype beside --config"),
+        (["--config", "x.yml", "--dry-run", "--head", "a"], "--head and --dry-run beside --config"),
         (["--config", "nothing.yml"], "cannot read nothing.yml"),
         (["ties"], "no models to merge"),
         ([], "no method to merge"),
