@@ -324,10 +324,30 @@ def range_test(rates: Sequence[float], losses: Sequence[float], smoothed: Sequen
         parts.append(
             titled("smoothed" if not faint else "each step", f'<polyline points="{joined}" {_look(0, faint)}/>')
         )
-    shown, side = f"chosen: {chosen:.2e}", "start" if x(chosen) < width / 2 else "end"
-    mark = line(x(chosen), y.start, x(chosen), y.end, "error c1")
-    label = text(x(chosen) + (6 if side == "start" else -6), y.end + 12, shown, side, "halo label c1")
-    return svg(width, height, [*parts, titled(shown, mark), label], "Loss over learning rate")
+    parts += _chosen(x, y, chosen, f"chosen: {chosen:.2e}")
+    return svg(width, height, parts, "Loss over learning rate")
+
+
+def way(points: Sequence[tuple[float, float]], chosen: float, x_label: str, y_label: str) -> str:
+    """What each value of a setting gave, and the one that was chosen."""
+    width, height = 570.0, 320.0
+    xs, ys = ([p[i] for p in points] for i in (0, 1))
+    x, y = Axis(min(*xs, chosen), max(*xs, chosen), 58, width - 14), Axis(*span(ys), height - 48, 10)
+    places = [(x(a), y(b)) for a, b in points]
+    joined = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
+    dots = [
+        titled(f"{x_label} {a:g}: {b:.4g}", f'<circle cx="{px:.1f}" cy="{py:.1f}" r="3" class="dot c0"/>')
+        for (a, b), (px, py) in zip(points, places, strict=True)
+    ]
+    drawn = [f'<polyline points="{joined}" {_look(0)}/>', *dots, *_chosen(x, y, chosen, f"chosen: {chosen:g}")]
+    return svg(width, height, [*frame(x, y, x_label, y_label), *drawn], f"{y_label} over {x_label}")
+
+
+def _chosen(x: Axis, y: Axis, value: float, shown: str) -> list[str]:
+    side = "start" if x(value) < (x.start + x.end) / 2 else "end"
+    mark = line(x(value), y.start, x(value), y.end, "error c1")
+    label = text(x(value) + (6 if side == "start" else -6), y.end + 12, shown, side, "halo label c1")
+    return [titled(shown, mark), label]
 
 
 def legend(names: Sequence[tuple[str, int]]) -> str:

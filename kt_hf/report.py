@@ -428,10 +428,24 @@ def _details(stage: Stage) -> str:
         drawn = plots.range_test(*(test[k] for k in ("rates", "losses", "smoothed", "learning_rate")))
         told = f"{len(test['rates'])} steps in {_duration(test['seconds'])}, undone before the training began."
         parts += ["<h4>Range test of the learning rate</h4>", f'<p class="soft">{escape(told)}</p>', drawn]
-    parts += ["<h4>Where it comes from</h4>", _pairs(facts)]
+    parts += [*_way(stage), "<h4>Where it comes from</h4>", _pairs(facts)]
     found = f"{stage['kind']}, {stage['metric']} {_shown(_main(stage))}"
     head = f"<b>{escape(stage['name'])}</b> <span class=soft>{escape(found)}</span>"
     return f"<details><summary>{head}</summary><div>{''.join(parts)}</div></details>"
+
+
+def _way(stage: Stage) -> list[str]:
+    """A picture of the summary's `curve`, points {setting: value, "score": metric}; the setting's own value is there,
+    too."""
+    points, by = stage["summary"].get("curve") or [], _scale(_main(stage)["unit"])
+    name = next((key for key in points[0] if key != "score"), "") if points else ""
+    chosen = stage["summary"].get(name)
+    found = [(p[name], by * p["score"]) for p in points if isinstance(p.get("score"), int | float)]
+    if len(found) < 2 or not isinstance(chosen, int | float):
+        return []
+    axis = _axis(stage["metric"], _main(stage)["unit"], stage["higher_is_better"])
+    told = "" if len(stage["seeds"]) == 1 else '<p class="soft">Of the first seed.</p>'
+    return [f"<h4>Way along {escape(name)}</h4>", told, plots.way(found, chosen, name, f"{axis}, validation")]
 
 
 def _plain(value: Any) -> str:

@@ -22,7 +22,7 @@ from peft.utils import merge_utils
 from safetensors.torch import load_file, save_file
 from test_merging import FAST, shapes, summary
 
-from kt_hf import Data, Merge, Model, Recipe, Train, merge_command, merging, registry, run
+from kt_hf import Data, Merge, Model, Recipe, Train, merge_command, merging, registry, report, run
 from kt_hf.errors import IntegrityError, RecipeError
 from kt_hf.functional import spherical, task_vectors
 from kt_hf.functional.magnitude import PART, keep_largest, magnitude_threshold, num_kept, order_of_rows
@@ -599,11 +599,15 @@ def test_methods_over_three_fine_tuned_models_and_their_base(tmp_path, family):
 def test_wise_ft_follows_its_curve_on_validation_data(tmp_path, family):
     method = {"wise_ft": {"alpha": "fit", "curve": [0.0, 0.5, 1.0]}}
     recipe = Recipe([Merge("m", method, models=[family["0"]], base=family["wrong"])], data=Data(family["data"]))
-    found = summary(run(recipe, tmp_path / "out"), "m")
+    written = run(recipe, tmp_path / "out")
+    found = summary(written, "m")
     scores = {point["alpha"]: point["score"] for point in found["curve"]}
     assert list(scores) == [0.0, 0.5, 1.0] and scores[1.0] > scores[0.0]
     assert scores[found["alpha"]] == max(scores.values())
     assert [s["weights"] for s in found["validation_scores"]] == [[0.0, 1.0], [0.5, 0.5], [1.0]]
+    page = report.html(written)
+    assert "Way along alpha" in page and f"chosen: {found['alpha']:g}" in page
+    assert all(f"alpha {a:g}: {100 * score:.4g}" in page for a, score in scores.items())
 
 
 def test_buffers_that_are_not_floating_point_and_bf16_come_through(tmp_path):
