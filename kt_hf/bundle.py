@@ -185,7 +185,7 @@ class Bundle(nn.Module):
         position: Position | None = None,
         context: Any = None,
     ) -> Any:
-        device = next(self.parameters()).device.type
+        device = next(self.parameters()).device.type if self.autocast else ""
         with torch.autocast(device, self.autocast) if self.autocast else nullcontext():
             if mode == "loss":
                 assert position is not None

@@ -27,24 +27,26 @@ class Clock:
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self.device = device
         self._events: list[tuple[str, Any, Any]] = []
+        self._phases = {name: Phase(self, name) for name in PHASES}
 
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        with named(name):
-            if self.device.type == "cuda" and name in ("forward", "backward", "optimizer"):
-                begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                begin.record()
-                try:
-                    yield
-                finally:
-                    end.record()
-                    self._events.append((name, begin, end))
-            else:
-                began = time.perf_counter()
-                try:
-                    yield
-                finally:
-                    self.seconds[name] += time.perf_counter() - began
+    def phase(self, name: str) -> Phase:
+        return self._phases[name]
+
+    def begin(self, name: str) -> Any:
+        """When a phase begins."""
+        if self.device.type != "cuda" or name not in ("forward", "backward", "optimizer"):
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def end(self, name: str, began: Any) -> None:
+        if isinstance(began, float):
+            self.seconds[name] += time.perf_counter() - began
+        else:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._events.append((name, began, event))
 
     def settle(self) -> None:
         """Read the device's events; it has finished the last of them."""
@@ -58,6 +60,27 @@ class Clock:
             return {}
         found = {name: seconds / total for name, seconds in self.seconds.items()}
         return {**found, "other": max(0.0, 1.0 - sum(found.values()))}
+
+
+class Phase:
+    """A part of a step whose time is taken; entered anew in every step, but not within itself."""
+
+    def __init__(self, clock: Clock, name: str):
+        self.clock, self.name = clock, name
+        self.range: AbstractContextManager[None] | None = None
+        self.began: Any = None
+
+    def __enter__(self) -> None:
+        if _tracing or _LISTENS:
+            self.range = _named(self.name)
+            self.range.__enter__()
+        self.began = self.clock.begin(self.name)
+
+    def __exit__(self, *error: Any) -> None:
+        self.clock.end(self.name, self.began)
+        if self.range is not None:
+            self.range.__exit__(*error)
+            self.range = None
 
 
 _tracing: list[str] = []

@@ -1,8 +1,8 @@
 """What the training loop writes down on the device while it goes, without waiting for it: sums of the terms of the
 loss, the first step that was not finite and its terms, the number of skipped updates. It is read at log, evaluation and
-save points only.
+save points only. A step costs it a few operations on single numbers; they are added up many steps at a time.
 
-Shapes: K terms of the loss, the last of which is their total.
+Shapes: K terms of the loss, the last of which is their total; S steps that were not yet added up.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 TOTAL = "loss"
+KEPT = 256
+"""Steps that may wait to be added up."""
 
 
 class Notes:
@@ -23,12 +25,14 @@ class Notes:
         self.names: list[str] = []
         self.sums_K = torch.zeros(0, device=device)
         self._now: dict[str, torch.Tensor] = {}
+        self._rows: list[torch.Tensor] = []  # of the steps that wait: K values each, one after another
+        self._bad: list[torch.Tensor] = []
         self._zero = torch.zeros((), device=device)
-        self.dead = torch.zeros((), dtype=torch.bool, device=device)
+        self.dead = self._dead_before = torch.zeros((), dtype=torch.bool, device=device)
         self.lived = torch.zeros((), dtype=torch.int64, device=device)  # steps until then
         self.last_K = torch.zeros(0, device=device)  # of the last of them, or of the one that was bad
         self.first_step: int | None = None
-        self.skipped = torch.zeros((), device=device)
+        self._skipped = torch.zeros((), device=device)
         self.skipped_before = 0.0
         self.norm: torch.Tensor | None = None
 
@@ -45,28 +49,44 @@ class Notes:
         """
         if not self._now.keys() <= set(self.names):
             self._extend([name for name in self._now if name not in self.names])
-        values_K = torch.stack([self._now.get(name, self._zero).float() for name in self.names])
+        self._rows += [self._now.get(name, self._zero) for name in self.names]
+        watched = self._now[TOTAL] + norm if overflow_is_bad else self._now[TOTAL]
         self._now, self.norm = {}, norm
         self.first_step = step if self.first_step is None else self.first_step
-        watched = values_K[-1] + norm if overflow_is_bad else values_K[-1]
         difference = watched - watched  # 0, or not a number: cheaper than isfinite
         bad = difference != difference
+        if not self.skip:
+            bad = self.dead = self.dead | bad
+        elif self.world > 1:  # the loss of one rank alone may be bad; all skip, or their weights part
+            flag = bad.float()
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+            bad = flag > 0
+        self._bad.append(bad)
+        if len(self._bad) == KEPT:
+            self._settle()
+        return bad.float()
+
+    def _settle(self) -> None:
+        """Add up the steps that wait, on the device: one after another, so how many they are does not matter."""
+        if not self._bad:
+            return
+        rows_SK = torch.stack([value.float() for value in self._rows]).view(len(self._bad), -1)
+        bad_S = torch.stack(self._bad)
         if self.skip:
-            if self.world > 1:  # the loss of one rank alone may be bad; all skip, or their weights part
-                flag = bad.float()
-                torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-                bad = flag > 0
-            self.skipped = self.skipped + bad
-            self.sums_K = self.sums_K + torch.where(bad, 0.0, values_K)
-            return bad.float()
-        self.sums_K = self.sums_K + values_K
-        self.last_K = torch.where(self.dead, self.last_K, values_K)
-        self.dead = self.dead | bad
-        self.lived = self.lived + ~self.dead
-        return self.dead.float()
+            self._skipped = self._skipped + bad_S.sum()
+            rows_SK = torch.where(bad_S[:, None], 0.0, rows_SK)
+        else:
+            lived = (~bad_S).sum()  # the first of those that are bad stands behind them
+            last_K = rows_SK.index_select(0, lived.clamp(max=len(bad_S) - 1).view(1))[0]
+            self.last_K = torch.where(self._dead_before, self.last_K, last_K)
+            self.lived, self._dead_before = self.lived + lived, self.dead
+        for row_K in rows_SK.unbind():
+            self.sums_K = self.sums_K + row_K
+        self._rows, self._bad = [], []
 
     def _extend(self, new: list[str]) -> None:
         """Terms may come in mid-run (and stay away again, which counts as 0); the total stays last."""
+        self._settle()
         names = [name for name in (*self.names, *new) if name != TOTAL] + [TOTAL]
         for attribute in ("sums_K", "last_K"):
             old = dict(zip(self.names, getattr(self, attribute).unbind(), strict=True))
@@ -75,8 +95,15 @@ class Notes:
 
     # --- reading: these wait for the device ---
 
+    @property
+    def skipped(self) -> int:
+        """Updates that were left out since the training began."""
+        self._settle()
+        return int(self._skipped)
+
     def first_bad(self) -> tuple[int, list[str]] | None:
         """(the first step that was not finite on any rank, the terms that were not, on this rank)."""
+        self._settle()
         never = torch.iinfo(torch.int64).max
         lived = torch.where(self.dead, self.lived, never)
         if self.world > 1:
@@ -89,7 +116,7 @@ class Notes:
 
     def means(self, steps: int) -> dict[str, float]:
         """Means of the terms over the steps since the last call and over ranks; the sums start anew."""
-        sums_K, skipped = self.sums_K, float(self.skipped)
+        skipped, sums_K = float(self.skipped), self.sums_K
         if self.world > 1:
             sums_K = sums_K / self.world
             torch.distributed.all_reduce(sums_K)
@@ -101,14 +128,14 @@ class Notes:
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint: the sums of every rank as they are, so that going on from it adds up to the same bits."""
-        sums_RK = [self.sums_K]
+        skipped, sums_RK = float(self.skipped), [self.sums_K]
         if self.world > 1:
             sums_RK = [torch.empty_like(self.sums_K) for _ in range(self.world)]
             torch.distributed.all_gather(sums_RK, self.sums_K)
         return {
             "names": self.names,
             "sums": [sums_K.tolist() for sums_K in sums_RK],
-            "skipped": [float(self.skipped), self.skipped_before],
+            "skipped": [skipped, self.skipped_before],
         }
 
     def restore(self, state: dict[str, Any], rank: int) -> None:
@@ -118,4 +145,4 @@ class Notes:
         self.sums_K = sums_RK[rank].clone() if len(sums_RK) == self.world else sums_RK.mean(0)
         self.last_K = torch.zeros_like(self.sums_K)
         skipped, self.skipped_before = state["skipped"]
-        self.skipped = torch.full((), skipped, device=self.device)
+        self._skipped = torch.full((), skipped, device=self.device)

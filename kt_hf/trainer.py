@@ -655,7 +655,7 @@ class Trainer:
             "phases": self.clock.shares(self.seconds),
         }
         revisions = self.run_facts.revisions()
-        skipped = cost["skipped_steps"] = int(self.notes.skipped)
+        skipped = cost["skipped_steps"] = self.notes.skipped
         if skipped:
             logger.warning("%s: %d steps were not finite and were skipped", title(self.run_facts.folder), skipped)
         return Result(self.loaded, self.curve, self.evaluations, cost, self.best["step"], revisions, self.range_test)
