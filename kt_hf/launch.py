@@ -7,11 +7,13 @@ Torch is not imported before the grammar has been checked.
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +116,8 @@ def _run(recipe: Any, options: argparse.Namespace, name: str, output: list[Path]
     grammar.raise_all(resolved, collect)
     set_threads(resolved)
     die_with_parent()
-    from kt_hf import runner  # imports torch
+    with uncollected():
+        from kt_hf import runner  # imports torch
 
     return runner.run_resolved(
         resolved,
@@ -125,6 +128,20 @@ def _run(recipe: Any, options: argparse.Namespace, name: str, output: list[Path]
         overwrite=options.overwrite,
         allow_changed=options.allow_changed,
     )
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """For imports: the garbage collector would go through all that was imported again and again, which takes one second
+    of the six to a first step. What there is by then lives to the end and is left out of later collections, too."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if before:
+            gc.enable()
 
 
 def set_threads(resolved: Any) -> None:

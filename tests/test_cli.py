@@ -207,3 +207,17 @@ def test_predict_writes_a_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     assert cli.main(["predict", "model", "x", "--output", str(tmp_path / "a.jsonl")]) == 0
     assert json.loads((tmp_path / "a.jsonl").read_text()) == {"input": "x", "prediction": "cat", "probability": 0.75}
     assert fails(capsys, "predict", "model", "x", "--output", "a.docx")[0] == 2
+
+
+def test_what_is_imported_is_left_out_of_collections_and_these_go_on(tmp_path):
+    """In a process of its own, and where the import fails, too."""
+    code = (
+        "import gc\nfrom kt_hf.launch import uncollected\n"
+        "with uncollected():\n    import decimal; found = [gc.isenabled()]\n"
+        "found += [gc.isenabled(), gc.get_freeze_count() > 1000]\n"
+        "try:\n    with uncollected():\n        import no_such_module\n"
+        "except ImportError:\n    found.append(gc.isenabled())\n"
+        "gc.disable()\nwith uncollected():\n    pass\nfound.append(gc.isenabled())\nprint(found)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.strip() == "[False, True, True, True, False]"
