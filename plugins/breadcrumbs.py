@@ -46,6 +46,7 @@ class Breadcrumbs(MergeMethod):
 
     def tensor(self, name: str, tensors_M: list[torch.Tensor], base: torch.Tensor | None, stats: Any) -> torch.Tensor:
         assert base is not None
-        vectors_M = [task_vectors.breadcrumbs(tensor - base, self.density, self.outliers) for tensor in tensors_M]
         weights_M = self.weights or [1.0] * len(tensors_M)
-        return task_vectors.combined(base, vectors_M, weights_M, self.scaling, self.combine)
+        return task_vectors.merged_breadcrumbs(
+            base, tensors_M, weights_M, self.density, self.outliers, self.scaling, self.combine
+        )

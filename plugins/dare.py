@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -45,9 +46,18 @@ class Dare(MergeMethod):
 
     def tensor(self, name: str, tensors_M: list[torch.Tensor], base: torch.Tensor | None, stats: Any) -> torch.Tensor:
         assert base is not None
-        vectors_M = []
-        for i, tensor in enumerate(tensors_M):
-            generator = torch.Generator().manual_seed(number("dare", self.seed, name, i))
-            vectors_M.append(task_vectors.drop(tensor - base, self.density, generator, self.rescale))
         weights_M = self.weights or [1.0] * len(tensors_M)
+        numbers_M = [number("dare", self.seed, name, i) for i in range(len(tensors_M))]
+        drops_M = [
+            partial(
+                task_vectors.drop,
+                density=self.density,
+                generator=torch.Generator().manual_seed(n),
+                rescale=self.rescale,
+            )
+            for n in numbers_M
+        ]
+        if self.rescale != "l1":
+            return task_vectors.by_parts(base, tensors_M, drops_M, weights_M, self.scaling, self.combine)
+        vectors_M = [drop(tensor - base) for drop, tensor in zip(drops_M, tensors_M, strict=True)]
         return task_vectors.combined(base, vectors_M, weights_M, self.scaling, self.combine)

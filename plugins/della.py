@@ -52,10 +52,16 @@ class Della(MergeMethod):
 
     def tensor(self, name: str, tensors_M: list[torch.Tensor], base: torch.Tensor | None, stats: Any) -> torch.Tensor:
         assert base is not None
-        vectors_M = []
-        for i, tensor in enumerate(tensors_M):
-            generator = torch.Generator().manual_seed(number("della", self.seed, name, i))
-            kept = task_vectors.drop_by_rank(tensor - base, self.density, self.epsilon, generator, self.rescale)
-            vectors_M.append(kept)
         weights_M = self.weights or [1.0] * len(tensors_M)
+        numbers_M = [number("della", self.seed, name, i) for i in range(len(tensors_M))]
+        generators_M = [torch.Generator().manual_seed(n) for n in numbers_M]
+        how = self.density, self.epsilon
+        if self.rescale != "l1":
+            return task_vectors.dropped_by_rank(
+                base, tensors_M, weights_M, *how, generators_M, self.rescale, self.scaling, self.combine
+            )
+        vectors_M = [
+            task_vectors.drop_by_rank(tensor - base, *how, generator, "l1")
+            for tensor, generator in zip(tensors_M, generators_M, strict=True)
+        ]
         return task_vectors.combined(base, vectors_M, weights_M, self.scaling, self.combine)

@@ -5,7 +5,7 @@ Shapes: R rows of N elements. A float32's bits without the sign, read as an inte
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -24,33 +24,52 @@ class Threshold(NamedTuple):
 
 
 def magnitude_threshold(values: torch.Tensor, k: int, origin: torch.Tensor | None = None) -> Threshold:
-    """The k-th largest of |values|, or of |values - origin|, exactly, for 1 <= k <= N.
+    """The k-th largest of |values|, or of |values - origin|, exactly, for 1 <= k <= N."""
+    return magnitude_thresholds(values, [k], origin)[0]
+
+
+def magnitude_thresholds(
+    values: torch.Tensor, ks: Sequence[int], origin: torch.Tensor | None = None
+) -> list[Threshold]:
+    """`magnitude_threshold` for several k at once.
 
     Counts the upper 16 bits of all, then the lower 16 of those in the bin where the k-th is. What is between `values`
     and `origin` is made part by part, so that it need not be held. Values in float64 go the slow way, by `kthvalue`.
     """
-    assert 1 <= k <= values.numel()
+    assert all(1 <= k <= values.numel() for k in ks)
     if values.dtype != torch.float32:
         sizes = (values if origin is None else values - origin).abs().reshape(-1)
-        size = sizes.kthvalue(len(sizes) - k + 1).values
-        return Threshold(size.item(), int((sizes > size).sum()), int((sizes == size).sum()))
+        kth = [sizes.kthvalue(len(sizes) - k + 1).values for k in ks]
+        return [Threshold(size.item(), int((sizes > size).sum()), int((sizes == size).sum())) for size in kth]
     parts = values.reshape(-1).split(PART)
     origins = [None] * len(parts) if origin is None else origin.reshape(-1).split(PART)
 
     def patterns() -> Iterator[torch.Tensor]:
+        room = torch.empty(2, min(PART, values.numel()))
         for part, start in zip(parts, origins, strict=True):
-            found = part if start is None else part - start
-            yield found.view(torch.int32) & 0x7FFFFFFF
+            found = part if start is None else torch.sub(part, start, out=room[0, : len(part)])
+            bits = room[1, : len(part)].view(torch.int32)
+            yield torch.bitwise_and(found.view(torch.int32), 0x7FFFFFFF, out=bits)
 
     counts = torch.zeros(1 << 15, dtype=torch.int64)
     for bits in patterns():
         counts += torch.bincount(bits >> 16, minlength=1 << 15)
-    upper, above = _from_the_top(counts, k)
-    inside = torch.cat([bits[(bits >> 16) == upper] & 0xFFFF for bits in patterns()])
-    lows = torch.bincount(inside, minlength=1 << 16)
-    lower, more = _from_the_top(lows, k - above)
-    pattern = torch.tensor(upper << 16 | lower, dtype=torch.int32)
-    return Threshold(pattern.view(torch.float32).item(), above + more, int(lows[lower]))
+    places = [_from_the_top(counts, k) for k in ks]
+    inside: dict[int, list[np.ndarray]] = {upper: [] for upper, _ in places}
+    for bits in patterns():
+        whole, top = bits.numpy(), (bits >> 16).numpy()
+        for upper, found in inside.items():
+            found.append(whole[top == upper] & 0xFFFF)  # numpy's is four times as fast
+    lows = {
+        upper: torch.from_numpy(np.bincount(np.concatenate(found), minlength=1 << 16))
+        for upper, found in inside.items()
+    }
+    thresholds = []
+    for k, (upper, above) in zip(ks, places, strict=True):
+        lower, more = _from_the_top(lows[upper], k - above)
+        pattern = torch.tensor(upper << 16 | lower, dtype=torch.int32)
+        thresholds.append(Threshold(pattern.view(torch.float32).item(), above + more, int(lows[upper][lower])))
+    return thresholds
 
 
 def _from_the_top(counts: torch.Tensor, k: int) -> tuple[int, int]:
@@ -64,7 +83,10 @@ class Keep:
     """Sets to 0 what is not among the k largest magnitudes; of equal ones the first stay. Called with the parts of the
     values in their order."""
 
-    def __init__(self, values: torch.Tensor, k: int, origin: torch.Tensor | None = None):
+    def __init__(
+        self, values: torch.Tensor, k: int, origin: torch.Tensor | None = None, threshold: Threshold | None = None
+    ):
+        """threshold: where it is known."""
         self.num_equal: int | None = None
         """How many as large as the threshold may still come; None: all of them."""
         if k <= 0:
@@ -72,7 +94,7 @@ class Keep:
         elif k >= values.numel():
             self.magnitude, self.below = 0.0, 0.0
         else:
-            self.magnitude, above, equal = magnitude_threshold(values, k, origin)
+            self.magnitude, above, equal = threshold or magnitude_threshold(values, k, origin)
             as_values = np.float32 if values.dtype == torch.float32 else np.float64
             self.below = float(np.nextafter(as_values(self.magnitude), as_values(0)))
             if above + equal > k and self.magnitude > 0:
@@ -93,6 +115,18 @@ class Keep:
         return kept
 
 
+class KeepBetween:
+    """Sets to 0 what is among the `top` largest magnitudes, and all but the k next ones. Called as `Keep`."""
+
+    def __init__(self, values: torch.Tensor, top: int, k: int, origin: torch.Tensor | None = None):
+        inner = [n for n in (top, top + k) if 0 < n < values.numel()]
+        found = dict(zip(inner, magnitude_thresholds(values, inner, origin), strict=True)) if inner else {}
+        self.all, self.top = (Keep(values, n, origin, found.get(n)) for n in (top + k, top))
+
+    def __call__(self, part: torch.Tensor) -> torch.Tensor:
+        return self.all(part) - self.top(part)
+
+
 def keep_largest(values: torch.Tensor, k: int) -> torch.Tensor:
     """`values` with all but the k largest magnitudes set to 0; of equal ones the first stay."""
     return Keep(values, k)(values.reshape(-1)).reshape(values.shape).clone()
@@ -104,13 +138,10 @@ def num_kept(density: float, numel: int) -> int:
 
 
 def order_of_rows(values_RN: torch.Tensor) -> torch.Tensor:
-    """Within each row the places of the magnitudes (in float32), from the largest on; of equal ones the first comes
-    first. int64.
+    """Within each row the places of the magnitudes, from the largest on; of equal ones the first comes first. int64.
 
-    Sorts by the lower, then by the upper 16 bits, for a stable sort of 16-bit numbers takes linear time.
+    What differs by less than one part in 128 may count as equal: compared are the 15 bits of a float32 behind its sign,
+    for a stable sort of 16-bit numbers takes linear time.
     """
-    bits_RN = 0x7FFFFFFF - (values_RN.float().contiguous().view(torch.int32) & 0x7FFFFFFF)  # largest first
-    lower_RN, upper_RN = (bits_RN & 0xFFFF).numpy().astype(np.uint16), (bits_RN >> 16).to(torch.int16)
-    order_RN = torch.from_numpy(np.argsort(lower_RN, axis=-1, kind="stable"))
-    then_RN = np.argsort(upper_RN.gather(1, order_RN).numpy(), axis=-1, kind="stable")
-    return order_RN.gather(1, torch.from_numpy(then_RN))
+    bits_RN = ((values_RN.float().contiguous().view(torch.int32) >> 16) & 0x7FFF).to(torch.int16)
+    return torch.from_numpy(np.argsort((~bits_RN).numpy(), axis=-1, kind="stable"))  # ~: the largest first

@@ -6,16 +6,19 @@ What is random comes from a generator that is given. All trim or drop within a t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
 
-from .magnitude import PART, Keep, num_kept, order_of_rows
+from .magnitude import PART, Keep, KeepBetween, num_kept, order_of_rows
 
 Combination = Literal["linear", "ties"]
 Division = Literal["count", "weights", "none"]
 Rescaling = Literal["density", "l1", "none"]
+Sparse = Callable[[torch.Tensor], torch.Tensor]
+"""A part of a task vector -> what is left of it; called with the parts in their order."""
 TINY = 1e-9
 """Keeps a sum of no shares from being divided by."""
 
@@ -93,11 +96,35 @@ def ties(
     """
     count = num_kept(density, base.numel())
     keeps = [Keep(tensor, count, base) for tensor in tensors_M]
+    return by_parts(base, tensors_M, keeps, weights_M, scaling, "ties", divide_by)
+
+
+def by_parts(
+    base: torch.Tensor,
+    tensors_M: Sequence[torch.Tensor],
+    sparse_M: Sequence[Sparse],
+    weights_M: Sequence[float],
+    scaling: float = 1.0,
+    combine: Combination = "linear",
+    divide_by: Division = "count",
+    unit: int = 1,
+) -> torch.Tensor:
+    """`combined` of what `sparse_M` leave of the task vectors, part by part: no task vector is ever whole.
+
+    unit: elements that are not to be parted.
+    """
+    part = max(PART // len(tensors_M) // unit, 1) * unit  # larger blocks of memory would be fetched anew each time
     merged = torch.empty_like(base, memory_format=torch.contiguous_format)
-    parts_M = [tensor.reshape(-1).split(PART) for tensor in tensors_M]
-    for out_C, base_C, *parts in zip(merged.view(-1).split(PART), base.reshape(-1).split(PART), *parts_M, strict=True):
-        values_MC = torch.stack([keep(part - base_C) for keep, part in zip(keeps, parts, strict=True)])
-        torch.add(base_C, _elected_mean(values_MC, weights_M, divide_by), alpha=scaling, out=out_C)
+    parts_M = [tensor.reshape(-1).split(part) for tensor in tensors_M]
+    for out_C, base_C, *parts in zip(merged.view(-1).split(part), base.reshape(-1).split(part), *parts_M, strict=True):
+        vectors_M = [sparse(given - base_C) for sparse, given in zip(sparse_M, parts, strict=True)]
+        if combine == "ties":
+            mean_C = _elected_mean(torch.stack(vectors_M), weights_M, divide_by)
+            torch.add(base_C, mean_C, alpha=scaling, out=out_C)
+            continue
+        out_C.copy_(base_C)
+        for vector_C, weight in zip(vectors_M, weights_M, strict=True):
+            out_C.add_(vector_C, alpha=scaling * weight)
     return merged
 
 
@@ -143,14 +170,14 @@ def drop_by_rank(
     magnitude of a row to p + epsilon / 2 for its smallest, linearly in the rank; p = 1 - density.
 
     A row is what leads to one unit (all but the first dimension); vectors and matrices of one column are one row.
-    Deviation: ranks are counted from 1/2, so that the mean of p_i is p.
+    Deviations: ranks are counted from 1/2, so that the mean of p_i is p; magnitudes that differ by less than a part in
+    128 may rank as if they were equal.
     Source: Deep et al. 2024, DELLA-Merging, MAGPRUNE (arXiv:2406.11617).
     """
     if density >= 1 or not vector.numel():
         return vector.clone()
-    alone = vector.dim() < 2 or vector.numel() == len(vector)
-    rows_RN = vector.reshape(1, -1) if alone else vector.reshape(len(vector), -1)
-    count = rows_RN.shape[1]
+    count = row_length(vector)
+    rows_RN = vector.reshape(-1, count)
     keep_N = density + epsilon / 2 - epsilon * (torch.arange(count) + 0.5) / count  # by rank
     scale_N = 1 / keep_N if rescale == "density" else torch.ones(count)
     kept_RN, block = torch.empty_like(rows_RN), max(PART // count, 1)
@@ -159,6 +186,33 @@ def drop_by_rank(
         out_RN.scatter_(1, order_of_rows(some_RN), factors_RN.to(out_RN.dtype)).mul_(some_RN)
     kept = kept_RN.reshape(vector.shape)
     return same_l1(kept, vector) if rescale == "l1" else kept
+
+
+def row_length(tensor: torch.Tensor) -> int:
+    """Elements that lead to one unit; all of a vector, and of a matrix with one column."""
+    alone = tensor.dim() < 2 or tensor.numel() == len(tensor)
+    return tensor.numel() if alone else tensor.numel() // len(tensor)
+
+
+def dropped_by_rank(
+    base: torch.Tensor,
+    tensors_M: Sequence[torch.Tensor],
+    weights_M: Sequence[float],
+    density: float,
+    epsilon: float,
+    generators_M: Sequence[torch.Generator],
+    rescale: Literal["density", "none"] = "density",
+    scaling: float = 1.0,
+    combine: Combination = "ties",
+) -> torch.Tensor:
+    """`combined` of task vectors after `drop_by_rank`, some rows at a time."""
+    count = max(row_length(base), 1)
+
+    def rows(vector_C: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        return drop_by_rank(vector_C.view(-1, count), density, epsilon, generator, rescale).view(-1)
+
+    sparse_M = [partial(rows, generator=generator) for generator in generators_M]
+    return by_parts(base, tensors_M, sparse_M, weights_M, scaling, combine, unit=count)
 
 
 def same_l1(kept: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
@@ -174,12 +228,23 @@ def breadcrumbs(vector: torch.Tensor, density: float, outliers: float) -> torch.
     Source: Davari & Belilovsky 2023, Model Breadcrumbs, the mask of a layer (arXiv:2312.06795); their beta, the
     fraction of the smallest that is masked, is 1 - density - outliers.
     """
-    top = int(outliers * vector.numel())
-    small, large = Keep(vector, top + num_kept(density, vector.numel())), Keep(vector, top)
-    kept = torch.empty_like(vector, memory_format=torch.contiguous_format)
-    for part, out in zip(vector.reshape(-1).split(PART), kept.view(-1).split(PART), strict=True):
-        out.copy_(small(part) - large(part))
-    return kept
+    between = KeepBetween(vector, int(outliers * vector.numel()), num_kept(density, vector.numel()))
+    return torch.cat([between(part) for part in vector.reshape(-1).split(PART)]).view(vector.shape)
+
+
+def merged_breadcrumbs(
+    base: torch.Tensor,
+    tensors_M: Sequence[torch.Tensor],
+    weights_M: Sequence[float],
+    density: float,
+    outliers: float,
+    scaling: float = 1.0,
+    combine: Combination = "linear",
+) -> torch.Tensor:
+    """`combined` of the `breadcrumbs` of task vectors, part by part."""
+    top, count = int(outliers * base.numel()), num_kept(density, base.numel())
+    sparse_M = [KeepBetween(tensor, top, count, base) for tensor in tensors_M]
+    return by_parts(base, tensors_M, sparse_M, weights_M, scaling, combine)
 
 
 def model_stock(base: torch.Tensor, vectors_M: Sequence[torch.Tensor]) -> tuple[torch.Tensor, float]:
