@@ -433,8 +433,10 @@ def check_seeds(stages: list[Stage], collect: Collector) -> None:
 
 
 def merges_seeds(stage: Stage, by_name: dict[str, Stage]) -> bool:
-    """Whether a Merge or Ensemble takes all seeds of one stage as its parents."""
-    if len(stage.models) != 1:
+    """Whether a Merge or Ensemble takes all seeds of one stage as its parents; with seeds of its own it takes one for
+    each."""
+    own = stage.given.get("seeds")
+    if len(stage.models) != 1 or (isinstance(own, int) and own > 1):
         return False
     path = stage.models[0].path
     return isinstance(path, str) and path.startswith("@") and path[1:] in by_name and by_name[path[1:]].seeds > 1

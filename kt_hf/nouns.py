@@ -258,8 +258,9 @@ class Train(Stage):
 
 
 class Merge(Stage):
-    """Merges models in weight space. Over one seeded stage it takes all seeds as parents; over several, seed i of
-    each. The report has it beside the parent that is the best on validation data and the mean of the parents' outputs.
+    """Merges models in weight space. Over one seeded stage it takes all seeds as parents, or with `seeds` of its own
+    one for each of them; over several stages, seed i of each. The report has it beside the parent that is the best on
+    validation data and the mean of the parents' outputs.
 
     base: what the parents were trained from. head: the parent, as `models` names it, whose head is kept where heads
     differ. fallback: `best_parent` takes the place of a merge that is worse than it on validation data. dtype: of the

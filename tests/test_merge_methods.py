@@ -614,6 +614,26 @@ def test_wise_ft_follows_its_curve_on_validation_data(tmp_path, family):
     assert all(f"alpha {a:g}: {100 * score:.4g}" in page for a, score in scores.items())
 
 
+def test_a_merge_with_seeds_of_its_own_takes_a_seed_for_each(tmp_path, family):
+    recipe = Recipe(
+        [
+            Train("tuned", ["finetune"], seeds=2, training=FAST),
+            Merge("way", {"wise_ft": {"alpha": 0.25}}, models=["@tuned"], base=family["base"], seeds=2),
+        ],
+        model=family["base"],
+        data=Data(family["data"]),
+    )
+    report = run(recipe, tmp_path / "out")
+    start = load_file(str(Path(family["base"]) / "model.safetensors"))
+    for seed in ("", "seeds/1/"):
+        tuned, way = (
+            load_file(str(tmp_path / "out" / s / seed / "model" / "model.safetensors")) for s in ("tuned", "way")
+        )
+        for key in start:
+            close(way[key], torch.lerp(start[key], tuned[key], 0.25))
+    assert len(next(s for s in report["stages"] if s["name"] == "way")["metrics"]["accuracy"]["per_seed"]) == 2
+
+
 def test_buffers_that_are_not_floating_point_and_bf16_come_through(tmp_path):
     base, tensors_M = models(3, 6, 4)
     folders = []
