@@ -49,7 +49,7 @@ def merges(tensors_M: list[torch.Tensor], base: torch.Tensor) -> dict[str, Calla
         "breadcrumbs": of(lambda v: task_vectors.breadcrumbs(v, DENSITY, 0.01), "linear"),
         "dare": of(lambda v: task_vectors.drop(v, 0.5, generator), "linear"),
         "della": of(lambda v: task_vectors.drop_by_rank(v, 0.5, 0.2, generator), "ties"),
-        "model_stock": lambda: task_vectors.model_stock(base, task_vectors.task_vectors(tensors_M, base)),
+        "model_stock": lambda: task_vectors.model_stock(base, tensors_M),
     }
 
 

@@ -39,6 +39,10 @@ class MergeMethod:
     """Whether an element of the result depends on that element of the inputs and on the name alone. The engine then
     hands out flat pieces of a tensor, in buffers that it uses again, and memory does not grow with the tensors; else
     `tensor` gets whole tensors."""
+    as_stored: ClassVar[bool] = False
+    """Whether `tensor` takes the parents' tensors whole as their files have them, in any precision, and converts them
+    itself, part by part, to the base's, which is that of the result: the memory of a copy of each is then spared. They
+    are mapped from the files: writing into them would end the process. For methods with `needs_base`."""
 
     linear: ClassVar[bool] = False
     """Whether the result is a weighted sum of the inputs, with weights that go by the name alone. Such a merge of

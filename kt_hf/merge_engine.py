@@ -57,6 +57,11 @@ class Job:
         return [t for _, t in (*self.sources, *([self.base] if self.base else []))]
 
     @property
+    def as_stored(self) -> bool:
+        """Whether the sources need no conversion, for the method makes it."""
+        return self.method is not None and self.method.as_stored and self.base is not None
+
+    @property
     def whole(self) -> bool:
         return self.method is not None and not self.method.elementwise
 
@@ -145,7 +150,8 @@ class Fusion:
     def _whole(self, unit: Unit) -> None:
         # Copies, even where nothing is to be converted: the files are mapped for reading, and a method may be careless.
         job = self.jobs[unit.name]
-        given = [tensor.to(self.compute, copy=True) for tensor in job.inputs]
+        own = len(job.sources) if job.as_stored else 0
+        given = [t if i < own else t.to(self.compute, copy=True) for i, t in enumerate(job.inputs)]
         merged = self._merged(job, given).reshape(-1)
         del given
         _, out, data = self._buffers(self.writer.specs[unit.name].dtype)
@@ -202,8 +208,11 @@ class Fusion:
         return own.inputs, *own.outs[dtype]
 
     def _bytes(self, unit: Unit) -> int:
-        """What a whole tensor takes: the inputs, the result, and as much again as a method may want for itself."""
-        return (len(self.jobs[unit.name].inputs) + 2) * (unit.stop - unit.start) * self.compute.itemsize
+        """What a whole tensor takes: the inputs, the result, and as much again as a method may want for itself; of one
+        that takes its parents as they are stored, the base and the result."""
+        job = self.jobs[unit.name]
+        held = 2 if job.as_stored else len(job.inputs) + 2
+        return held * (unit.stop - unit.start) * self.compute.itemsize
 
 
 class Memory:

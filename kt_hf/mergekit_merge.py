@@ -459,6 +459,7 @@ class TaskVectors(MergeMethod):
     has a density for each model."""
 
     needs_base = True
+    as_stored = True
     order_matters = True
 
     def __init__(self, sparsify: str, elect: bool, given: Mapping[str, Any], each: Sequence[Mapping[str, Any]]):

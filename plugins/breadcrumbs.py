@@ -22,6 +22,7 @@ class Breadcrumbs(MergeMethod):
 
     paper = "Davari & Belilovsky 2023, Model Breadcrumbs, arXiv:2312.06795"
     needs_base = True
+    as_stored = True
 
     def __init__(
         self,

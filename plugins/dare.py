@@ -25,6 +25,7 @@ class Dare(MergeMethod):
 
     paper = "Yu et al. 2024, Language Models are Super Mario, arXiv:2311.03099"
     needs_base = True
+    as_stored = True
     order_matters = True
 
     def __init__(

@@ -25,6 +25,7 @@ class Della(MergeMethod):
 
     paper = "Deep et al. 2024, DELLA-Merging, arXiv:2406.11617"
     needs_base = True
+    as_stored = True
     order_matters = True
 
     def __init__(

@@ -17,9 +17,10 @@ class ModelStock(MergeMethod):
 
     paper = "Jang et al. 2024, Model Stock, arXiv:2403.19522"
     needs_base = True
+    as_stored = True
     min_parents = 2
 
     def tensor(self, name: str, tensors_M: list[torch.Tensor], base: torch.Tensor | None, stats: Any) -> torch.Tensor:
         assert base is not None
-        merged, _ = task_vectors.model_stock(base, task_vectors.task_vectors(tensors_M, base))
+        merged, _ = task_vectors.model_stock(base, tensors_M)
         return merged

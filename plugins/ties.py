@@ -22,6 +22,7 @@ class Ties(MergeMethod):
 
     paper = "Yadav et al. 2023, TIES-Merging, arXiv:2306.01708"
     needs_base = True
+    as_stored = True
 
     def __init__(
         self,

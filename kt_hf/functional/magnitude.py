@@ -34,11 +34,13 @@ def magnitude_thresholds(
     """`magnitude_threshold` for several k at once.
 
     Counts the upper 16 bits of all, then the lower 16 of those in the bin where the k-th is. What is between `values`
-    and `origin` is made part by part, so that it need not be held. Values in float64 go the slow way, by `kthvalue`.
+    and `origin` is made part by part, in the precision of `origin`, so that it need not be held. Values in float64 go
+    the slow way, by `kthvalue`.
     """
+    dtype = values.dtype if origin is None else origin.dtype
     assert all(1 <= k <= values.numel() for k in ks)
-    if values.dtype != torch.float32:
-        sizes = (values if origin is None else values - origin).abs().reshape(-1)
+    if dtype != torch.float32:
+        sizes = (values if origin is None else values.to(dtype) - origin).abs().reshape(-1)
         kth = [sizes.kthvalue(len(sizes) - k + 1).values for k in ks]
         return [Threshold(size.item(), int((sizes > size).sum()), int((sizes == size).sum())) for size in kth]
     parts = values.reshape(-1).split(PART)
@@ -47,7 +49,7 @@ def magnitude_thresholds(
     def patterns() -> Iterator[torch.Tensor]:
         room = torch.empty(2, min(PART, values.numel()))
         for part, start in zip(parts, origins, strict=True):
-            found = part if start is None else torch.sub(part, start, out=room[0, : len(part)])
+            found = part if start is None else torch.sub(part.to(dtype), start, out=room[0, : len(part)])
             bits = room[1, : len(part)].view(torch.int32)
             yield torch.bitwise_and(found.view(torch.int32), 0x7FFFFFFF, out=bits)
 
@@ -95,7 +97,8 @@ class Keep:
             self.magnitude, self.below = 0.0, 0.0
         else:
             self.magnitude, above, equal = threshold or magnitude_threshold(values, k, origin)
-            as_values = np.float32 if values.dtype == torch.float32 else np.float64
+            dtype = values.dtype if origin is None else origin.dtype
+            as_values = np.float32 if dtype == torch.float32 else np.float64
             self.below = float(np.nextafter(as_values(self.magnitude), as_values(0)))
             if above + equal > k and self.magnitude > 0:
                 self.num_equal = k - above

@@ -109,7 +109,8 @@ def by_parts(
     divide_by: Division = "count",
     unit: int = 1,
 ) -> torch.Tensor:
-    """`combined` of what `sparse_M` leave of the task vectors, part by part: no task vector is ever whole.
+    """`combined` of what `sparse_M` leave of the task vectors, part by part: no task vector is ever whole. The models'
+    tensors may be in another precision than the base, which is that of the result.
 
     unit: elements that are not to be parted.
     """
@@ -117,7 +118,7 @@ def by_parts(
     merged = torch.empty_like(base, memory_format=torch.contiguous_format)
     parts_M = [tensor.reshape(-1).split(part) for tensor in tensors_M]
     for out_C, base_C, *parts in zip(merged.view(-1).split(part), base.reshape(-1).split(part), *parts_M, strict=True):
-        vectors_M = [sparse(given - base_C) for sparse, given in zip(sparse_M, parts, strict=True)]
+        vectors_M = [sparse(given.to(base_C.dtype) - base_C) for sparse, given in zip(sparse_M, parts, strict=True)]
         if combine == "ties":
             mean_C = _elected_mean(torch.stack(vectors_M), weights_M, divide_by)
             torch.add(base_C, mean_C, alpha=scaling, out=out_C)
@@ -247,27 +248,34 @@ def merged_breadcrumbs(
     return by_parts(base, tensors_M, sparse_M, weights_M, scaling, combine)
 
 
-def model_stock(base: torch.Tensor, vectors_M: Sequence[torch.Tensor]) -> tuple[torch.Tensor, float]:
+def model_stock(base: torch.Tensor, tensors_M: Sequence[torch.Tensor]) -> tuple[torch.Tensor, float]:
     """(theta_0 + t * mean_m tau_m, t) with t = M cos / (1 + (M - 1) cos), where cos is the mean cosine between two task
     vectors of this tensor.
 
     Source: Jang et al. 2024, Model Stock, the ratio for N models (arXiv:2403.19522). Deviation: a negative cosine,
     where t is negative or has no bound, counts as 0, which gives the base (mergekit goes beyond it).
     """
-    count = len(vectors_M)
-    gram_MM = gram(vectors_M)
+    count = len(tensors_M)
+    gram_MM = gram(tensors_M, base)
     norms_M = gram_MM.diagonal().sqrt()
     scale_MM = norms_M[:, None] * norms_M[None]
     cosines_MM = torch.where(scale_MM > 0, gram_MM / scale_MM.clamp(min=1e-300), 0.0).clamp(-1, 1)
     cosine = max(float(cosines_MM.sum() - cosines_MM.trace()) / (count * (count - 1)), 0.0)
     ratio = count * cosine / (1 + (count - 1) * cosine)
-    return task_arithmetic(base, vectors_M, [ratio / count] * count), ratio
+    return by_parts(base, tensors_M, [_all_of_it] * count, [ratio / count] * count), ratio
 
 
-def gram(tensors_M: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Inner products of all pairs, in float64. Shape MM."""
-    found_MM = torch.zeros(len(tensors_M), len(tensors_M), dtype=torch.float64)
-    for parts in zip(*(tensor.reshape(-1).split(PART) for tensor in tensors_M), strict=True):
-        rows_MC = torch.stack(parts).double()
+def _all_of_it(part_C: torch.Tensor) -> torch.Tensor:
+    return part_C
+
+
+def gram(tensors_M: Sequence[torch.Tensor], base: torch.Tensor | None = None) -> torch.Tensor:
+    """Inner products of all pairs, in float64; with a base, of the task vectors. Shape MM."""
+    found_MM, part = torch.zeros(len(tensors_M), len(tensors_M), dtype=torch.float64), PART // len(tensors_M) // 2
+    parts_M = [tensor.reshape(-1).split(part) for tensor in tensors_M]
+    bases = [None] * len(parts_M[0]) if base is None else base.reshape(-1).split(part)
+    for base_C, *parts in zip(bases, *parts_M, strict=True):
+        vectors_M = parts if base_C is None else [given.to(base_C.dtype) - base_C for given in parts]
+        rows_MC = torch.stack(vectors_M).double()
         found_MM += rows_MC @ rows_MC.T
     return found_MM

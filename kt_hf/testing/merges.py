@@ -202,6 +202,20 @@ def pieces_give_the_whole(case: MergeCase) -> None:
         demand(near, f"pieces of {name} give other values than the whole")
 
 
+@rule("merge", "converts-what-is-stored", needs=("merges-finitely",))
+def converts_what_is_stored(case: MergeCase) -> None:
+    """What says `as_stored = True` gives the same for tensors in bfloat16 as for these in float32."""
+    if not case.cls.as_stored:  # type: ignore[attr-defined]
+        raise NotApplicable("it takes tensors that are converted")
+    demand(case.cls.needs_base, "it says `as_stored = True`, and has no base to tell the precision of the result")  # type: ignore[attr-defined]
+    method, stored = case.fitted(), [{n: t.bfloat16() for n, t in p.items()} for p in case.parents]
+    for name in SHAPES:
+        found = case.tensor(method, name, stored, case.base)
+        wanted = case.tensor(method, name, [{n: t.float() for n, t in p.items()} for p in stored], case.base)
+        demand(found.dtype == wanted.dtype, f"{name} comes in {found.dtype}, its base is in {wanted.dtype}")
+        demand(torch.equal(found, wanted), f"{name} has other values if the parents come in bfloat16")
+
+
 @rule("merge", "measures-the-same-again", needs=("builds",))
 def measures_the_same_again(case: MergeCase) -> None:
     """What it measures of a parent belongs to the parent's tensors, and is the same another time."""
