@@ -221,7 +221,7 @@ def time_methods(options: argparse.Namespace) -> None:
         if theirs_name in seconds:
             row["mergekit's ratio to it"] = paired(seconds[theirs_name], took)
         rows.append(row)
-    report("merge_methods", rows, rounds=options.rounds, parents=PARENTS, merge_threads=torch.get_num_threads())
+    report("merge_with_base", rows, rounds=options.rounds, parents=PARENTS, merge_threads=torch.get_num_threads())
 
 
 def agreement(python: str, parents: list[Path], work: Path) -> float:

@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from ratios import compare, paired, report
 
-from kt_hf.functional import task_vectors
+from kt_hf import MergeMethod, registry
 from kt_hf.functional.averaging import weighted_mean
 from kt_hf.functional.magnitude import magnitude_threshold
 
@@ -32,25 +32,27 @@ def thresholds(values: torch.Tensor, k: int) -> dict[str, Callable[[], Any]]:
     }
 
 
+METHODS: dict[str, dict[str, Any]] = {
+    "task_arithmetic": {},
+    "ties": {"density": DENSITY},
+    "breadcrumbs": {"density": DENSITY, "outliers": 0.01},
+    "dare": {"density": 0.5},
+    "della": {"density": 0.5, "epsilon": 0.2},
+    "model_stock": {},
+}
+
+
 def merges(tensors_M: list[torch.Tensor], base: torch.Tensor) -> dict[str, Callable[[], Any]]:
-    ones, generator = [1.0] * M, torch.Generator()
+    """What each method computes, given the tensors in float32."""
 
-    def of(change: Callable[[torch.Tensor], torch.Tensor], combine: task_vectors.Combination) -> Callable[[], Any]:
-        def run() -> torch.Tensor:
-            vectors_M = [change(v) for v in task_vectors.task_vectors(tensors_M, base)]
-            return task_vectors.combined(base, vectors_M, ones, 1.0, combine)
+    def of(method: MergeMethod) -> Callable[[], Any]:
+        return lambda: method.tensor("w", tensors_M, base, None)
 
-        return run
-
-    return {
-        "linear": lambda: weighted_mean(tensors_M, ones),
-        "task_arithmetic": of(lambda v: v, "linear"),
-        "ties": lambda: task_vectors.ties(base, tensors_M, ones, DENSITY),
-        "breadcrumbs": of(lambda v: task_vectors.breadcrumbs(v, DENSITY, 0.01), "linear"),
-        "dare": of(lambda v: task_vectors.drop(v, 0.5, generator), "linear"),
-        "della": of(lambda v: task_vectors.drop_by_rank(v, 0.5, 0.2, generator), "ties"),
-        "model_stock": lambda: task_vectors.model_stock(base, tensors_M),
-    }
+    found: dict[str, Callable[[], Any]] = {"linear": lambda: weighted_mean(tensors_M, [1.0] * M)}
+    for name, given in METHODS.items():
+        plugin: Any = registry.load("merge", name)
+        found[name] = of(plugin(**given))
+    return found
 
 
 def rows(candidates: dict[str, Callable[[], Any]], against: str, rounds: int) -> list[dict[str, Any]]:
