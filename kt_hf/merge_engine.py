@@ -27,7 +27,7 @@ PIECE = 2**17
 UNIT = 2**22
 """Elements that a thread takes at once."""
 SLACK = 2**27
-"""Bytes of whole tensors that may be in memory at once, unless one tensor needs more."""
+"""Bytes that whole tensors may take at once beside twice the inputs of the largest of them, as they are stored."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,9 @@ class Fusion:
         self.jobs, self.writer, self.compute = jobs, writer, compute
         self._most = max((len(job.inputs) for job in jobs.values() if not job.whole), default=0)
         self._own = threading.local()
-        self._memory = Memory(max([SLACK, *(self._bytes(u) for u in self.units() if u.whole)]))
+        whole = [(self._bytes(u), self._stored(u)) for u in self.units() if u.whole]
+        most, stored = (max(sizes, default=0) for sizes in zip(*whole, strict=True)) if whole else (0, 0)
+        self._memory = Memory(max(SLACK + 2 * stored, most))
 
     def units(self) -> Iterator[Unit]:
         for name, spec in self.writer.specs.items():
@@ -100,7 +102,9 @@ class Fusion:
         for name, spec in self.writer.specs.items():
             left[self.writer.place[name][0]] += spec.bytes
         with one_thread_each(threads) as workers, ThreadPoolExecutor(1) as syncer:
-            running: dict[Future[None], Unit] = {workers.submit(self.do, unit): unit for unit in self.units()}
+            # the largest first: else one thread has a table of embeddings left when the others are done
+            units = sorted(self.units(), key=lambda unit: unit.start - unit.stop)
+            running: dict[Future[None], Unit] = {workers.submit(self.do, unit): unit for unit in units}
             syncing = [syncer.submit(self.writer.sync, i) for i, size in enumerate(left) if sync and not size]
             try:
                 for done in as_completed(running):
@@ -213,6 +217,9 @@ class Fusion:
         job = self.jobs[unit.name]
         held = 2 if job.as_stored else len(job.inputs) + 2
         return held * (unit.stop - unit.start) * self.compute.itemsize
+
+    def _stored(self, unit: Unit) -> int:
+        return sum(t.numel() * t.element_size() for t in self.jobs[unit.name].inputs)
 
 
 class Memory:
