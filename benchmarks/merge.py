@@ -64,13 +64,26 @@ def watch():
 from kt_hf import merging, registry
 watcher = threading.Thread(target=watch)
 watcher.start()
-folders = [Path(p) for p in sys.argv[2:]]
-with merging.Parents(folders, [f.name for f in folders]) as parents:
-    merging.merge(registry.load("merge", "uniform_soup")(), parents, None, Path(sys.argv[1]))
+output, method, given, base, *folders = sys.argv[1:]
+base = merging.Parents([Path(base)], ["base"]) if base else None
+with merging.Parents([Path(f) for f in folders], folders) as parents:
+    merging.merge(registry.load("merge", method)(**json.loads(given)), parents, base, Path(output), sync=False)
 stop.set()
 watcher.join()
 print(json.dumps({"above": most[0] - before}))
 """
+
+
+def memory(method: str, given: dict[str, Any], base: Path | None, parents: list[Path], work: Path) -> int:
+    """Anonymous bytes of a process that merges, above those after `import torch`."""
+    command = [sys.executable, "-c", MEMORY, str(work / "ours"), method, json.dumps(given), str(base or "")]
+    done = subprocess.run([*command, *map(str, parents)], check=True, capture_output=True, text=True)
+    clear(work / "ours")
+    return int(json.loads(done.stdout.splitlines()[-1])["above"])
+
+
+def allowed(inputs: int) -> int:
+    return 2 * VOCABULARY * HIDDEN * 2 * inputs + 200_000_000
 
 
 def shapes(layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -210,6 +223,7 @@ def time_methods(options: argparse.Namespace) -> None:
                     their_related, options.mergekit, their_name, their_given, base, parents, work
                 )
         seconds = compare(turns, options.rounds)
+        above = {m: memory(m, METHODS[m][0], base, parents, work) for m in options.methods}
     rows = []
     for what, took in seconds.items():
         row = {
@@ -217,11 +231,13 @@ def time_methods(options: argparse.Namespace) -> None:
             "seconds": sorted(took)[len(took) // 2],
             "ratio to linear": paired(took, seconds["linear"]),
         }
-        theirs_name = f"mergekit {METHODS[what][1]}" if what in METHODS else ""
-        if theirs_name in seconds:
-            row["mergekit's ratio to it"] = paired(seconds[theirs_name], took)
+        theirs = seconds.get(f"mergekit {METHODS[what][1]}" if what in METHODS else "")
+        row["mergekit's ratio to it"] = paired(theirs, took) if theirs else ""
+        row["anonymous bytes above torch"] = above.get(what, "")
         rows.append(row)
-    report("merge_with_base", rows, rounds=options.rounds, parents=PARENTS, merge_threads=torch.get_num_threads())
+    facts = {"rounds": options.rounds, "parents": PARENTS, "layers": options.layers}
+    facts |= {"merge_threads": torch.get_num_threads(), "anonymous_bytes_allowed": allowed(PARENTS + 1)}
+    report("merge_with_base", rows, **facts)
 
 
 def agreement(python: str, parents: list[Path], work: Path) -> float:
@@ -268,11 +284,7 @@ def main() -> None:
             turns["mergekit"] = functools.partial(theirs, options.mergekit, parents, work)
             facts["largest_difference_to_mergekit"] = agreement(options.mergekit, parents, work)
         seconds = compare(turns, options.rounds)
-        done = subprocess.run(
-            [sys.executable, "-c", MEMORY, str(work / "ours"), *map(str, parents)],
-            check=True, capture_output=True, text=True,
-        )  # fmt: skip
-        above = json.loads(done.stdout.splitlines()[-1])["above"]
+        above = memory("uniform_soup", {}, None, parents, work)
     rows = [
         {
             "what": what,
@@ -283,11 +295,10 @@ def main() -> None:
         }
         for what, took in seconds.items()
     ]
-    largest = VOCABULARY * HIDDEN * 2
     facts |= {
         "bytes_of_a_parent": size,
         "anonymous_bytes_above_torch": above,
-        "anonymous_bytes_allowed": 2 * largest * PARENTS + 200_000_000,
+        "anonymous_bytes_allowed": allowed(PARENTS),
     }
     report("merge", rows, rounds=options.rounds, parents=PARENTS, merge_threads=threads, **facts)
     print(json.dumps(facts))
