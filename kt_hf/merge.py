@@ -41,8 +41,9 @@ class MergeMethod:
     `tensor` gets whole tensors."""
     as_stored: ClassVar[bool] = False
     """Whether `tensor` takes the parents' tensors whole as their files have them, in any precision, and converts them
-    itself, part by part, to the base's, which is that of the result: the memory of a copy of each is then spared. They
-    are mapped from the files: writing into them would end the process. For methods with `needs_base`."""
+    itself, part by part, to that of the base or, without `needs_base`, of the first parent, which is that of the
+    result: the memory of a copy of each is then spared. They are mapped from the files: writing into them would end the
+    process."""
 
     linear: ClassVar[bool] = False
     """Whether the result is a weighted sum of the inputs, with weights that go by the name alone. Such a merge of

@@ -57,9 +57,12 @@ class Job:
         return [t for _, t in (*self.sources, *([self.base] if self.base else []))]
 
     @property
-    def as_stored(self) -> bool:
-        """Whether the sources need no conversion, for the method makes it."""
-        return self.method is not None and self.method.as_stored and self.base is not None
+    def stored(self) -> list[bool]:
+        """Of each input whether the method takes it as it is stored, where it gets whole tensors."""
+        if self.method is None or not self.method.as_stored:
+            return [False] * len(self.inputs)
+        converted = len(self.sources) if self.base else 0
+        return [i != converted for i in range(len(self.inputs))]
 
     @property
     def whole(self) -> bool:
@@ -154,8 +157,9 @@ class Fusion:
     def _whole(self, unit: Unit) -> None:
         # Copies, even where nothing is to be converted: the files are mapped for reading, and a method may be careless.
         job = self.jobs[unit.name]
-        own = len(job.sources) if job.as_stored else 0
-        given = [t if i < own else t.to(self.compute, copy=True) for i, t in enumerate(job.inputs)]
+        given = [
+            t if stored else t.to(self.compute, copy=True) for t, stored in zip(job.inputs, job.stored, strict=True)
+        ]
         merged = self._merged(job, given).reshape(-1)
         del given
         _, out, data = self._buffers(self.writer.specs[unit.name].dtype)
@@ -212,10 +216,10 @@ class Fusion:
         return own.inputs, *own.outs[dtype]
 
     def _bytes(self, unit: Unit) -> int:
-        """What a whole tensor takes: the inputs, the result, and as much again as a method may want for itself; of one
-        that takes its parents as they are stored, the base and the result."""
-        job = self.jobs[unit.name]
-        held = 2 if job.as_stored else len(job.inputs) + 2
+        """What a whole tensor takes: the inputs that are converted, the result, and as much again as a method may want
+        for itself that does not work by parts."""
+        stored = self.jobs[unit.name].stored
+        held = stored.count(False) + (1 if any(stored) else 2)
         return held * (unit.stop - unit.start) * self.compute.itemsize
 
     def _stored(self, unit: Unit) -> int:

@@ -19,6 +19,7 @@ class Karcher(MergeMethod):
     """
 
     paper = "Karcher 1977; Buss & Fillmore 2001, Spherical averages"
+    as_stored = True
 
     def __init__(self, *, weights: list[float] | None = None, mean: Literal["karcher", "chordal"] = "karcher"):
         self.weights, self.mean = weights, mean

@@ -22,6 +22,7 @@ class Slerp(MergeMethod):
     paper = "Shoemake 1985, Animating Rotation with Quaternion Curves"
     min_parents = 2
     max_parents = 2
+    as_stored = True
     order_matters = True
 
     def __init__(self, *, t: float = 0.5, norms: Literal["mixed", "interpolated"] = "mixed", linear_above: float = 1.0):

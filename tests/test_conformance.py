@@ -445,7 +445,18 @@ class SaysItAddsUp(MergeMethod):
         return torch.stack(tensors_M).mean(0) * (1 + torch.stack(tensors_M).std(0))
 
 
+class AddsUpAsStored(MergeMethod):
+    """In the parents' precision, though it says that it converts."""
+
+    as_stored = True
+    order_matters = True
+
+    def tensor(self, name: str, tensors_M: list[torch.Tensor], base: Any, stats: Any) -> torch.Tensor:
+        return tensors_M[0] + (torch.stack(tensors_M[1:]).mean(0) - tensors_M[1]) / 2
+
+
 def test_merges_can_fail():
+    assert set(broken("merge", AddsUpAsStored)) == {"converts-what-is-stored"}
     assert "linear-is-a-weighted-sum" in broken("merge", SaysItAddsUp)
     assert set(broken("merge", SpreadsTheMeans)) == {"pieces-give-the-whole"}
     assert set(broken("merge", HidesItsBase)) == {"does-without-a-base"}

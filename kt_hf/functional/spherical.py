@@ -1,16 +1,18 @@
-"""Means along great circles, of tensors taken as vectors, as pure functions. Shapes: M models.
+"""Means along great circles, of tensors taken as vectors, as pure functions. Shapes: M models, C elements of a part.
 
-Every such mean is a linear combination of the models, so only its coefficients are computed, from inner products.
+Every such mean is a linear combination of the models, so only its coefficients are computed, from inner products. The
+combination is made part by part; models may be in other precisions than the first, which is that of the result.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 
+from .magnitude import PART
 from .task_vectors import gram
 
 PARALLEL = 1e-7
@@ -35,12 +37,12 @@ def slerp(
     cosine = float(cosines_22[0, 1])
     angle = math.acos(cosine)
     if not norms_2.all() or not PARALLEL < angle < math.pi - PARALLEL or cosine > linear_above:
-        return torch.lerp(first, second, t)
+        return _by_parts([first, second], lambda parts: torch.lerp(parts[0], parts[1], t))
     one, two = math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
     if norms == "interpolated":
         norm = (1 - t) * float(norms_2[0]) + t * float(norms_2[1])
         one, two = one * norm / float(norms_2[0]), two * norm / float(norms_2[1])
-    return first * one + second * two
+    return _by_parts([first, second], lambda parts: parts[0] * one + parts[1] * two)
 
 
 def spherical_mean(
@@ -87,8 +89,21 @@ def _angles(tensors_M: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tens
 
 def _combination(tensors_M: Sequence[torch.Tensor], coefficients_M: torch.Tensor) -> torch.Tensor:
     """sum_m c_m theta_m, as sum_m c_m theta_1 + sum_m c_m (theta_m - theta_1), which is exact for copies."""
-    first, total = tensors_M[0], float(coefficients_M.sum())
-    merged = first * total if abs(total - 1) > 1e-12 else first.clone()
-    for tensor, coefficient in zip(tensors_M[1:], coefficients_M[1:], strict=True):
-        merged.add_(tensor - first, alpha=float(coefficient))
+    total, (_, *others) = float(coefficients_M.sum()), coefficients_M.tolist()
+
+    def combined(parts: list[torch.Tensor]) -> torch.Tensor:
+        first_C, *rest = parts
+        merged_C = first_C * total if abs(total - 1) > 1e-12 else first_C.clone()
+        for part_C, coefficient in zip(rest, others, strict=True):
+            merged_C.add_(part_C - first_C, alpha=coefficient)
+        return merged_C
+
+    return _by_parts(tensors_M, combined)
+
+
+def _by_parts(tensors_M: Sequence[torch.Tensor], combine: Callable[[list[torch.Tensor]], torch.Tensor]) -> torch.Tensor:
+    merged = torch.empty_like(tensors_M[0], memory_format=torch.contiguous_format)
+    parts_M = [tensor.reshape(-1).split(PART) for tensor in tensors_M]
+    for out_C, *parts in zip(merged.view(-1).split(PART), *parts_M, strict=True):
+        out_C.copy_(combine([part.to(out_C.dtype) for part in parts]))
     return merged

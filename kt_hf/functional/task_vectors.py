@@ -276,6 +276,6 @@ def gram(tensors_M: Sequence[torch.Tensor], base: torch.Tensor | None = None) ->
     bases = [None] * len(parts_M[0]) if base is None else base.reshape(-1).split(part)
     for base_C, *parts in zip(bases, *parts_M, strict=True):
         vectors_M = parts if base_C is None else [given.to(base_C.dtype) - base_C for given in parts]
-        rows_MC = torch.stack(vectors_M).double()
+        rows_MC = torch.stack([vector.double() for vector in vectors_M])
         found_MM += rows_MC @ rows_MC.T
     return found_MM
