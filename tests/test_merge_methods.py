@@ -25,7 +25,7 @@ from test_merging import FAST, shapes, summary
 from kt_hf import Data, Merge, Model, Recipe, Train, merge_command, merging, registry, report, run
 from kt_hf.errors import IntegrityError, RecipeError
 from kt_hf.functional import spherical, task_vectors
-from kt_hf.functional.magnitude import PART, keep_largest, magnitude_threshold, num_kept, order_of_rows
+from kt_hf.functional.magnitude import PART, keep_largest, magnitude_threshold, num_kept, ranks_of_rows
 
 CLOSE = {"atol": 1e-6, "rtol": 1e-5}
 BASED = ("task_arithmetic", "ties", "dare", "della", "breadcrumbs", "model_stock", "wise_ft")
@@ -187,7 +187,7 @@ def test_draws_depend_on_seed_name_and_place_alone(name):
 
 def test_della_by_its_equation():
     """Each rank of a row is kept as often as its likelihood says, and rescaled by that."""
-    vector = normal(3, 4000, 5).bfloat16().float()  # what is nearer to each other than these may rank as equal
+    vector = normal(3, 4000, 5)
     generator = torch.Generator().manual_seed(0)
     found = task_vectors.drop_by_rank(vector, 0.5, 0.4, generator)
     ranks = (-vector.abs()).argsort(1).argsort(1)
@@ -457,14 +457,29 @@ def test_the_threshold_is_that_of_kthvalue(name):
         assert torch.equal(keep_largest(values.double(), k), expected.double()), k
 
 
-def test_the_order_of_rows_is_that_of_a_stable_sort():
-    """Of the magnitudes, cut to the mantissa of bfloat16."""
+def test_the_ranks_of_rows_are_those_of_a_stable_sort():
     few = torch.randint(-3, 4, (7, 300), generator=torch.Generator().manual_seed(0)).float()
-    for values in (few, normal(1, 5, 700), 1.0 + torch.arange(4000).float().view(4, 1000) * 2**-12):
-        cut = (values.view(torch.int32) & -0x10000).view(torch.float32).abs()
-        assert torch.equal(order_of_rows(values), cut.argsort(dim=1, descending=True, stable=True))
-        in_order = values.abs().gather(1, order_of_rows(values))
-        assert bool((in_order[:, 1:] <= in_order[:, :-1] * (1 + 2**-7)).all())
+    for values in (few, normal(1, 5, 700), 1.0 + torch.arange(4000).float().view(4, 1000) * 2**-23):
+        order = values.abs().argsort(dim=1, descending=True, stable=True)
+        assert torch.equal(ranks_of_rows(values), order.argsort(1) + 0.5)
+
+
+def test_the_ranks_of_long_rows_are_means_over_nearly_equal_magnitudes():
+    scales = torch.tensor([1e-3, 1.0, 3e4])[:, None]  # rows of their own
+    values = normal(1, 3, 5000) * scales
+    ranks, exact = ranks_of_rows(values), values.abs().argsort(1, descending=True).argsort(1) + 0.5
+    assert (ranks - exact).abs().max() < 0.02 * 5000
+    torch.testing.assert_close(ranks.double().mean(1), torch.full((3,), 2500.0, dtype=torch.float64))
+    for row, found in zip(values.abs(), ranks, strict=True):
+        for rank in found.unique()[:-1]:  # the last one is that of all which are tiny
+            equal = row[found == rank]
+            assert equal.max() / equal.min() < 1 + 1 / 32
+            between = (row >= equal.min()) & (row <= equal.max())
+            assert torch.equal(between, found == rank)
+            assert float(rank) == pytest.approx(float((row > equal.max()).sum()) + len(equal) / 2)
+    few = torch.tensor([[4.0, 2.0, 2.0, 0.0] * 300])
+    assert torch.equal(ranks_of_rows(few), torch.tensor([[150.0, 600.0, 600.0, 1050.0] * 300]))
+    assert torch.equal(ranks_of_rows(torch.zeros(2, 1500)), torch.full((2, 1500), 750.0))
 
 
 def test_a_density_keeps_one_element_at_least():

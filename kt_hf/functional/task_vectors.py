@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from .magnitude import PART, Keep, KeepBetween, num_kept, order_of_rows
+from .magnitude import PART, Keep, KeepBetween, num_kept, ranks_of_rows
 
 Combination = Literal["linear", "ties"]
 Division = Literal["count", "weights", "none"]
@@ -171,20 +171,20 @@ def drop_by_rank(
     magnitude of a row to p + epsilon / 2 for its smallest, linearly in the rank; p = 1 - density.
 
     A row is what leads to one unit (all but the first dimension); vectors and matrices of one column are one row.
-    Deviations: ranks are counted from 1/2, so that the mean of p_i is p; magnitudes that differ by less than a part in
-    128 may rank as if they were equal.
+    Deviations: ranks are counted from 1/2, so that the mean of p_i is p; in rows of 1,024 elements and more those of
+    nearly the same magnitude share their mean rank (`magnitude.ranks_of_rows`).
     Source: Deep et al. 2024, DELLA-Merging, MAGPRUNE (arXiv:2406.11617).
     """
     if density >= 1 or not vector.numel():
         return vector.clone()
     count = row_length(vector)
     rows_RN = vector.reshape(-1, count)
-    keep_N = density + epsilon / 2 - epsilon * (torch.arange(count) + 0.5) / count  # by rank
-    scale_N = 1 / keep_N if rescale == "density" else torch.ones(count)
     kept_RN, block = torch.empty_like(rows_RN), max(PART // count, 1)
     for some_RN, out_RN in zip(rows_RN.split(block), kept_RN.split(block), strict=True):
-        factors_RN = (torch.rand(some_RN.shape, generator=generator) < keep_N) * scale_N
-        out_RN.scatter_(1, order_of_rows(some_RN), factors_RN.to(out_RN.dtype)).mul_(some_RN)
+        keep_RN = ranks_of_rows(some_RN).mul_(-epsilon / count).add_(density + epsilon / 2)
+        torch.mul(some_RN, torch.rand(some_RN.shape, generator=generator) < keep_RN, out=out_RN)
+        if rescale == "density":
+            out_RN.div_(keep_RN)
     kept = kept_RN.reshape(vector.shape)
     return same_l1(kept, vector) if rescale == "l1" else kept
 
