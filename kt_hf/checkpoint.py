@@ -19,7 +19,7 @@ import math
 import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,9 @@ DTYPES = {
 
 _PIECE = 2**24
 """Bytes that are hashed while they are written."""
+_FLUSH = 2**25
+"""Bytes after which the disk is given work."""
+_flush = getattr(os, "fdatasync", os.fsync)
 
 
 @contextmanager
@@ -66,10 +69,14 @@ def disk(folder: Path) -> Iterator[None]:
 
 def write(path: Path, chunks: Iterator[Any] | list[Any]) -> dict[str, Any]:
     """Write and fsync a file; returns its sha256 and size, computed on the way."""
-    digest, size = hashlib.sha256(), 0
-    # A thread hashes a piece while it is written: both leave the interpreter, and take about as long.
-    with open(path, "wb", buffering=0) as file, ThreadPoolExecutor(1) as hasher:
+    digest, size, flushed = hashlib.sha256(), 0, 0
+    flushing: Future[None] | None = None
+    # A thread hashes a piece while it is written: both leave the interpreter, and take about as long. The disk works
+    # meanwhile, for what is written is sent there from time to time.
+    with open(path, "wb", buffering=0) as file, ThreadPoolExecutor(1) as hasher, ThreadPoolExecutor(1) as flusher:
         for chunk in chunks:
+            if size - flushed >= _FLUSH and (flushing is None or flushing.done()):
+                flushing, flushed = flusher.submit(_flush, file.fileno()), size
             view = memoryview(chunk).cast("B")
             size += len(view)
             for start in range(0, len(view), _PIECE):
@@ -78,6 +85,8 @@ def write(path: Path, chunks: Iterator[Any] | list[Any]) -> dict[str, Any]:
                 while piece:
                     piece = piece[file.write(piece) :]
                 hashed.result()
+        if flushing is not None:
+            flushing.result()
         os.fsync(file.fileno())
     return {"sha256": digest.hexdigest(), "size": size}
 
