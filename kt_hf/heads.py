@@ -1,12 +1,14 @@
 """Backbone and head of checkpoints: by which names they go, where parents have other heads, or a base has none.
 
 A backbone's tensors begin with a prefix in the files of a model with a head (`bert.encoder...`), and have none in those
-of a bare one (`encoder...`): `base_model_prefix` of the class that the configuration names.
+of a bare one (`encoder...`): `base_model_prefix` of the class that the configuration names. Where there is no such
+prefix, the class itself is asked, built without weights: timm's classifier, else what its backbone's class has not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kt_hf.errors import RecipeError, nearest
@@ -27,6 +29,32 @@ def prefix(settings: Mapping[str, Any], names: Sequence[str]) -> str:
         if found and any(name.startswith(f"{found}.") for name in names):
             return f"{found}."
     return ""
+
+
+def by_class(folder: Path, settings: Mapping[str, Any], names: Iterable[str]) -> set[str]:
+    """Those of the names in a model's files that are its head, by the structure of its class; none where the class has
+    no head, or none is known. settings: its config.json."""
+    import torch
+    import transformers
+
+    from kt_hf import loading
+
+    timm = "TimmWrapperForImageClassification" if "architecture" in settings else None  # a folder as timm writes it
+    kind = next(iter(settings.get("architectures") or []), timm)
+    if kind is None or not hasattr(transformers, str(kind)):
+        return set()
+    model: Any = loading.without_weights(folder, str(kind))
+    modules = loading.head_modules(model)
+    if not modules and not hasattr(model, "timm_model"):
+        bare: Any = transformers.MODEL_MAPPING.get(type(model.config), None)
+        bare = bare[0] if isinstance(bare, tuple) else bare
+        if bare is None or isinstance(model, bare):
+            return set()
+        with loading.loading(f"the structure of '{folder}'"), torch.device("meta"):
+            parts = {name for name, _ in bare(model.config).named_children()}
+        modules = [name for name, _ in model.named_children() if name not in parts]
+    known = loading.model_names(model, names)
+    return {file for file, name in known.items() if any(name.startswith(f"{module}.") for module in modules)}
 
 
 def renamed(tensors: Tensors, own: str, wanted: str) -> Tensors:

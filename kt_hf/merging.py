@@ -98,11 +98,32 @@ class Parents:
         """Leave the other parents their backbones alone, under the names that those have beside the head that stays."""
         starts = [heads.prefix(config(f), list(m)) for f, m in zip(self.folders, self.models, strict=True)]
         wanted = starts[self.first]
+        if not any(starts):
+            self._keep_head_by_class()
+            return
         self.kept = self.models[self.first].keys() - heads.backbone(self.models[self.first], wanted)
         for i, (start, model) in enumerate(zip(starts, self.models, strict=True)):
             if i != self.first:
                 bare = {n: model[n] for n in sorted(heads.backbone(model, start))}
                 self.models[i] = heads.renamed(bare, start, wanted)
+
+    def _keep_head_by_class(self) -> None:
+        """The same where names do not tell backbones."""
+        found = [
+            heads.by_class(folder, config(folder), model)
+            for folder, model in zip(self.folders, self.models, strict=True)
+        ]
+        self.kept, labels = found[self.first], [config(folder).get("id2label") for folder in self.folders]
+        if not self.kept and any(told != labels[0] for told in labels):
+            raise RecipeError(
+                f"which part of '{self.labels[self.first]}' is its head is not known, and labels differ",
+                "merge models with the same labels",
+            )
+        for i, own in enumerate(found):
+            if i != self.first:
+                self.models[i] = {n: t for n, t in self.models[i].items() if n not in own}
+        if self.kept:
+            logger.info("head of '%s': %s", self.labels[self.first], ", ".join(sorted(self.kept)))
 
     def __enter__(self) -> Parents:
         return self

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
+import transformers
 from helpers import VIT
 from safetensors.torch import load_file, save_file
 from test_merging import FAST, shapes
-from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification, BertModel
+from test_timm import saved_by_timm
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    CLIPConfig,
+    CLIPModel,
+    ResNetConfig,
+    T5Config,
+    WhisperConfig,
+)
 
 from kt_hf import Data, Merge, Model, Recipe, Train, cli, heads, kinship, merge_command, run, trial
 from kt_hf.errors import IntegrityError, RecipeError
@@ -81,6 +94,61 @@ def test_a_bare_backbone_may_be_a_parent(bert, tmp_path):
     for name, tensor in found.items():
         other = bare.get(name.removeprefix("bert."), whole[name])
         torch.testing.assert_close(tensor, (other + whole[name]) / 2)
+
+
+CLIP = {
+    "text_config": {**SIZES, "num_hidden_layers": 1},
+    "vision_config": {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    | {"image_size": 16, "patch_size": 8},
+    "projection_dim": 8,
+}
+WHISPER = {"d_model": 16, "vocab_size": 60, "encoder_layers": 2, "decoder_layers": 1, "encoder_attention_heads": 2}
+WHISPER |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "num_mel_bins": 8}
+WHISPER |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+T5 = {"d_model": 16, "d_ff": 24, "num_layers": 2, "num_heads": 2, "d_kv": 8, "vocab_size": 60}
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "head"),
+    [
+        ("CLIPForImageClassification", CLIPConfig(**CLIP), ["classifier"]),
+        ("WhisperForAudioClassification", WhisperConfig(**WHISPER), ["projector", "classifier"]),
+        ("T5ForQuestionAnswering", T5Config(**T5), ["qa_outputs"]),
+        ("T5ForTokenClassification", T5Config(**T5), ["classifier"]),
+        ("ResNetForImageClassification", ResNetConfig(depths=[1], hidden_sizes=[8], embedding_size=8), ["classifier"]),
+        ("timm", None, ["fc"]),
+    ],
+)
+def test_heads_are_known_by_the_class_where_no_prefix_tells(tmp_path, kind, config, head):
+    """Of equal shapes, too: labels that differ are not averaged."""
+    folders = {}
+    for i, labels in enumerate(
+        (["a", "b"], ["c", "d"], ["e", "f"] if kind == "T5ForQuestionAnswering" else list("efg"))
+    ):
+        torch.manual_seed(i)
+        folders[labels[0]] = tmp_path / labels[0]
+        if config is None:
+            saved_by_timm(tmp_path / labels[0], labels, seed=i)
+            continue
+        own = copy.deepcopy(config)
+        own.id2label, own.label2id = dict(enumerate(labels)), {name: j for j, name in enumerate(labels)}
+        getattr(transformers, kind)(own).save_pretrained(tmp_path / labels[0])
+    merge_command.merge("uniform_soup", list(map(str, folders.values())), tmp_path / "out", head="c")
+    found, parents = weights(tmp_path / "out"), [weights(f) for f in folders.values()]
+    kept = {n for n in found if n.startswith(tuple(f"{h}." for h in head))}
+    assert kept and found.keys() == parents[1].keys()
+    for name, tensor in found.items():
+        if name in kept:
+            assert torch.equal(tensor, parents[1][name]), name
+        elif tensor.is_floating_point():
+            torch.testing.assert_close(tensor, torch.stack([p[name] for p in parents]).mean(0), msg=name)
+
+
+def test_labels_that_differ_need_a_head_that_is_known(tmp_path):
+    for i, label in enumerate("ab"):
+        CLIPModel(CLIPConfig(**CLIP, id2label={0: label})).save_pretrained(tmp_path / str(i))
+    with pytest.raises(RecipeError, match="is its head is not known, and labels differ"):
+        merge_command.merge("uniform_soup", [str(tmp_path / "0"), str(tmp_path / "1")], tmp_path / "out", head="0")
 
 
 def test_the_head_is_named_as_a_parent_is():

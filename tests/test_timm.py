@@ -84,9 +84,9 @@ def test_the_pipeline_of_transformers_says_the_same(architecture: str, tmp_path:
     np.testing.assert_allclose(ours["probability"], [found["score"] for found in theirs], rtol=1e-4)
 
 
-def saved_by_timm(folder: Path, labels: list[str]) -> Any:
+def saved_by_timm(folder: Path, labels: list[str], seed: int = 0) -> Any:
     """A model in a folder as those of timm on the Hub are."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = timm.create_model("test_resnet", pretrained=False)
     model.reset_classifier(len(labels))
     timm.models.save_for_hf(model, folder, model_config={"label_names": labels}, safe_serialization=True)
