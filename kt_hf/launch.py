@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +116,7 @@ def _run(recipe: Any, options: argparse.Namespace, name: str, output: list[Path]
     grammar.raise_all(resolved, collect)
     set_threads(resolved)
     die_with_parent()
-    with uncollected():
+    with uncollected() if "kt_hf.runner" not in sys.modules else nullcontext():
         from kt_hf import runner  # imports torch
 
     return runner.run_resolved(
