@@ -380,7 +380,6 @@ def _merge_as_described(options: argparse.Namespace) -> str:
         "dtype",
         "vocabulary",
         "new_rows",
-        "dry_run",
         "fold",
         "rank",
         "error",
@@ -397,6 +396,7 @@ def _merge_as_described(options: argparse.Namespace) -> str:
         max_shard_size=options.max_shard_size,
         threads=options.threads,
         check=not options.no_check,
+        dry_run=options.dry_run,
     )
 
 

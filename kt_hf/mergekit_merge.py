@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 
-from kt_hf import layerwise, merging, registry
+from kt_hf import kinship, layerwise, merging, registry
 from kt_hf.blocks import Block, blocks, depths
 from kt_hf.errors import Collector, RecipeError
 from kt_hf.functional import task_vectors
 from kt_hf.functional.magnitude import keep_largest, num_kept
+from kt_hf.kinship import Kinship
 from kt_hf.merge import MergeMethod
 from kt_hf.merge_command import Origin, card, check_words, find, refuse_existing, refuse_other_meanings
 from kt_hf.merge_engine import Job
@@ -43,6 +44,7 @@ def merge(
     max_shard_size: str | int | None = None,
     threads: int | None = None,
     check: bool = True,
+    dry_run: bool = False,
 ) -> str:
     """Merge as a file in mergekit's format says, into a new folder; returns a line on what was done. A model with an
     adapter (`model+adapter`) is folded first.
@@ -64,7 +66,9 @@ def merge(
     }
     refuse_existing(output)
     with _found(config.models, output) as found:
-        return _merge(config, found, output, text=Path(path).read_text(encoding="utf-8-sig"), check=check, **how)
+        return _merge(
+            config, found, output, text=Path(path).read_text(encoding="utf-8-sig"), check=check, dry_run=dry_run, **how
+        )
 
 
 @contextmanager
@@ -93,6 +97,7 @@ def _merge(
     *,
     text: str,
     check: bool,
+    dry_run: bool,
     compute: torch.dtype,
     shard_bytes: int | None,
     threads: int | None,
@@ -126,12 +131,23 @@ def _merge(
 
     plan = Plan(config, models, {ref: merging.config(origin.folder) for ref, origin in found.items()})
     jobs = plan.jobs()
+    kin = _kinship(config, models) if config.whole else None
+    if kin is not None:
+        kin.warn()
+    if dry_run:
+        said = f"nothing was written: {len(jobs)} tensors can be made of {len(found)} models by {config.method}"
+        return f"{kin.table()}\n{said}" if kin is not None else said
     files: dict[str, Any] = dict(vocabulary.files) if vocabulary else {}
     if config.chat_template is not None:
         folders = [origin.folder for origin in found.values()]
         files |= _templated(config.chat_template, folders, donor.folder, files)
     files["README.md"] = card(
-        output.name, config.method, dict(config.parameters), parents or [donor], found.get(config.base or Ref(""))
+        output.name,
+        config.method,
+        dict(config.parameters),
+        parents or [donor],
+        found.get(config.base or Ref("")),
+        kin.summary() if kin is not None else "",
     )
     files["mergekit_config.yml"] = text
     dtype = config.out_dtype or config.dtype
@@ -151,6 +167,15 @@ def _merge(
     )
     seconds = time.perf_counter() - began - tried
     return f"merged {len(found)} models by {config.method} into {output}: {size / 1e9:.3g} GB in {seconds:.1f} s"
+
+
+def _kinship(config: Config, models: Mapping[Ref, Tensors]) -> Kinship:
+    """How near the models are to each other, and to the base of a method that has one."""
+    base = config.base if config.method in BASED and len(models) > 1 else None
+    parents = [ref for ref in models if ref != base]
+    return kinship.measure(
+        [str(ref) for ref in parents], [models[ref] for ref in parents], models[base] if base is not None else None
+    )
 
 
 def _templated(template: str, models: Sequence[Path], donor: Path, files: Mapping[str, Any]) -> dict[str, str]:

@@ -362,6 +362,23 @@ def test_an_adapter_is_folded_into_its_model_first(tmp_path, here, named):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_strangers_are_told_and_a_dry_run_writes_nothing(tmp_path, here, capsys):
+    LlamaForCausalLM(LlamaForCausalLM.config_class.from_pretrained("a")).save_pretrained(tmp_path / "stranger")
+    described = {
+        **TIES,
+        "models": [{"model": m, "parameters": {"weight": 1}} for m in ("./a", str(tmp_path / "stranger"))],
+    }
+    line = ["merge", "--config", str(write(tmp_path, described)), "--output", str(tmp_path / "ours")]
+    assert main([*line, "--dry-run"]) == 0
+    shown = capsys.readouterr()
+    assert "model.layers.3" in shown.out and "nothing was written" in shown.out and not (tmp_path / "ours").exists()
+    assert "do not seem to come from one model" in shown.err
+    described["models"] = both({"weight": 1}, {"weight": 1})
+    write(tmp_path, described)
+    assert main(line) == 0 and "do not seem" not in capsys.readouterr().err
+    assert "Kinship of the parents" in (tmp_path / "ours" / "README.md").read_text()
+
+
 def test_the_result_is_tried_before_it_gets_its_name(tmp_path, models, monkeypatch):
     """Finite weights whose logits are not."""
     monkeypatch.chdir(tmp_path)
@@ -528,7 +545,7 @@ def test_a_file_that_asks_for_python_objects_is_not_read(tmp_path):
     [
         (["ties", "--config", "x.yml"], "METHOD beside --config"),
         (["--config", "x.yml", "--base", "b", "--dtype", "float32"], "--base and --dtype beside --config"),
-        (["--config", "x.yml", "--dry-run", "--head", "a"], "--head and --dry-run beside --config"),
+        (["--config", "x.yml", "--fold", "--head", "a"], "--head and --fold beside --config"),
         (["--config", "nothing.yml"], "cannot read nothing.yml"),
         (["ties"], "no models to merge"),
         ([], "no method to merge"),
