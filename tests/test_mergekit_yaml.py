@@ -363,20 +363,21 @@ def test_an_adapter_is_folded_into_its_model_first(tmp_path, here, named):
 
 
 def test_strangers_are_told_and_a_dry_run_writes_nothing(tmp_path, here, capsys):
-    LlamaForCausalLM(LlamaForCausalLM.config_class.from_pretrained("a")).save_pretrained(tmp_path / "stranger")
-    described = {
-        **TIES,
-        "models": [{"model": m, "parameters": {"weight": 1}} for m in ("./a", str(tmp_path / "stranger"))],
-    }
-    line = ["merge", "--config", str(write(tmp_path, described)), "--output", str(tmp_path / "ours")]
-    assert main([*line, "--dry-run"]) == 0
-    shown = capsys.readouterr()
-    assert "model.layers.3" in shown.out and "nothing was written" in shown.out and not (tmp_path / "ours").exists()
-    assert "do not seem to come from one model" in shown.err
-    described["models"] = both({"weight": 1}, {"weight": 1})
-    write(tmp_path, described)
-    assert main(line) == 0 and "do not seem" not in capsys.readouterr().err
-    assert "Kinship of the parents" in (tmp_path / "ours" / "README.md").read_text()
+    model = LlamaForCausalLM.from_pretrained("a")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1e-3 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "kin")
+    LlamaForCausalLM(model.config).save_pretrained(tmp_path / "stranger")
+    for name in ("stranger", "kin"):
+        models = [{"model": m, "parameters": {"weight": 1}} for m in ("./a", str(tmp_path / name))]
+        file = write(tmp_path, {"merge_method": "linear", "models": models})
+        line = ["merge", "--config", str(file), "--output", str(tmp_path / "ours")]
+        assert main([*line, "--dry-run"]) == 0
+        shown = capsys.readouterr()
+        assert "model.layers.3" in shown.out and "nothing was written" in shown.out and not (tmp_path / "ours").exists()
+        assert ("do not seem to come from one model" in shown.err) == (name == "stranger")
+    assert main(line) == 0 and "Kinship of the parents" in (tmp_path / "ours" / "README.md").read_text()
 
 
 def test_the_result_is_tried_before_it_gets_its_name(tmp_path, models, monkeypatch):
