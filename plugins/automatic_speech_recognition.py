@@ -229,7 +229,9 @@ class AutomaticSpeechRecognition(Task):
             for name in ("logits", "last_hidden")
             if name in parts[0]
         }
-        return Outputs(**columns, num_frames=torch.cat([part["num_frames"] for part in parts]))
+        if "num_frames" in parts[0]:
+            columns["num_frames"] = torch.cat([part["num_frames"] for part in parts])
+        return Outputs(**columns)
 
     def loss(
         self, outputs: Any, batch: Batch, label_smoothing: float = 0.0
@@ -410,7 +412,8 @@ def _rows(batch: Batch) -> list[Batch]:
 
 
 def run_model(model: nn.Module, batch: Batch, **kwargs: Any) -> Outputs:
-    """One call. `last_hidden` of frames is there where hidden states are asked for."""
+    """One call. `last_hidden` is there where hidden states are asked for, and so is `num_frames` of decoders, which
+    need it for nothing else (Moonshine's is a number of Python's, which waits for the device)."""
     inner = loading.unwrap(model)
     given = {name: batch[name] for name in (*INPUTS, "attention_mask") if name in batch}
     if "blank" in batch:
@@ -419,6 +422,8 @@ def run_model(model: nn.Module, batch: Batch, **kwargs: Any) -> Outputs:
     else:
         given["decoder_input_ids"] = writing.shifted(batch["labels"], inner)
         outputs = model(**given, **{"use_cache": False, **kwargs})
+        if not kwargs.get("output_hidden_states"):
+            return Outputs(logits=outputs.logits)
         hidden = outputs.encoder_last_hidden_state
     steps = outputs.logits if hidden is None else hidden
     frames_B = num_frames(inner, batch["lengths"]).clamp(max=steps.shape[1])
