@@ -205,7 +205,7 @@ class Bundle(nn.Module):
         for name, strategy in self.changers.items():
             randomness.seed_all("batch", name, *where)
             with named(f"{name}.batch"):
-                batch = strategy.batch(batch, self.model, position.progress)
+                batch = self.task.current(strategy.batch(batch, self.model, position.progress), batch)
         if type(self.task).choose is not Task.choose:
             randomness.seed_all("choose", *where)
             with named("task.choose"), torch.no_grad():

@@ -223,7 +223,7 @@ class FusionModel(_FusionPreTrained):
     @property
     def logit_scale(self) -> torch.Tensor:
         """Of cosine similarities between media, as a logarithm; a constant."""
-        return torch.tensor(self.config.logit_scale, device=self.device)
+        return torch.full((), self.config.logit_scale, device=self.device)
 
     def encode(self, inputs: dict[str, torch.Tensor]) -> dict[str, Encoded]:
         """What the towers say of the media that there are inputs of."""

@@ -1,6 +1,7 @@
-"""What tasks with a loss per token share: judging tokens, sums per example, perplexity.
+"""What tasks with a loss per token share: where tokens are learnt, judging them, sums per example, perplexity.
 
-Shapes: N scored tokens of a batch (of `measure`: N examples), B rows, L positions, C entries of the vocabulary.
+Shapes: N scored tokens of a batch (of `measure`: N examples), B rows, L positions, K of them, C entries of the
+vocabulary.
 """
 
 from __future__ import annotations
@@ -12,12 +13,48 @@ import torch
 from torch.nn import functional as F
 
 from kt_hf.errors import DataError
-from kt_hf.task import Scores
+from kt_hf.task import Part, Scores
 
 IGNORED = -100
 """Label of a token that is not learnt."""
+PLACES = "places"
+"""Column of a batch: the positions at which a row's tokens are learnt, -1 where it has fewer than others."""
 CHUNK = 2048
 """Positions whose logits are made float32 at a time in evaluation; a vocabulary of 128k takes 1 GB."""
+
+
+def places(labels_BL: torch.Tensor) -> torch.Tensor:
+    """places_BK of the labels that count, for `collate`: K is known on the host alone, and a GPU that is asked for it
+    has to be waited for."""
+    real_BL = labels_BL != IGNORED
+    counts_B1 = real_BL.sum(1, keepdim=True)
+    width = int(counts_B1.max()) if len(counts_B1) else 0
+    places_BK = real_BL.int().argsort(dim=1, descending=True, stable=True)[:, :width]
+    return places_BK.masked_fill(torch.arange(width) >= counts_B1, -1)
+
+
+def learnt(
+    logits_BLC: torch.Tensor, labels_BL: torch.Tensor, places_BK: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(logits_NC in float32, targets_N) at these places, row by row; the target is IGNORED where a row has no further
+    one. Without places these are all positions, and so much is copied."""
+    if places_BK is None:
+        return logits_BLC.float().flatten(0, 1), labels_BL.flatten()
+    rows_B1, at_BK = torch.arange(len(labels_BL), device=labels_BL.device)[:, None], places_BK.clamp(min=0)
+    targets_BK = torch.where(places_BK < 0, IGNORED, labels_BL.gather(1, at_BK))
+    return logits_BLC[rows_B1, at_BK].float().flatten(0, 1), targets_BK.flatten()
+
+
+def loss(logits_NC: torch.Tensor, targets_N: torch.Tensor, label_smoothing: float) -> Part:
+    """-log p(target) in nats: values_N, of weight 1 where the target counts, else 0."""
+    values_N = F.cross_entropy(
+        logits_NC, targets_N, reduction="none", label_smoothing=label_smoothing, ignore_index=IGNORED
+    )
+    return values_N, weights(targets_N), "token"
+
+
+def weights(targets_N: torch.Tensor) -> torch.Tensor:
+    return (targets_N != IGNORED).float()
 
 
 def judge(scores_NC: torch.Tensor, targets_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,10 +73,11 @@ def judge_labels(logits_BLC: torch.Tensor, labels_BL: torch.Tensor) -> dict[str,
     return per_example(nll_N, hit_N, rows_N, len(labels_BL))
 
 
-def judge_scores(scores_NC: torch.Tensor, labels_BL: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The same from scores at the places that have a label, row by row."""
+def judge_scores(scores_NC: torch.Tensor, weight_N: torch.Tensor, labels_BL: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The same from scores, row by row, of which those that weigh something are at the places that have a label."""
     real_BL = labels_BL != IGNORED
-    return per_example(*judge(scores_NC, labels_BL[real_BL]), real_BL.nonzero()[:, 0], len(labels_BL))
+    judged = judge(scores_NC[weight_N > 0], labels_BL[real_BL])
+    return per_example(*judged, real_BL.nonzero()[:, 0], len(labels_BL))
 
 
 def per_example(nll_N: torch.Tensor, hit_N: torch.Tensor, rows_N: torch.Tensor, size: int) -> dict[str, torch.Tensor]:

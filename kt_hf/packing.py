@@ -155,7 +155,7 @@ def check(model: nn.Module, task: Task, packed: Packed, device: torch.device) ->
 
     def scores_NC(rows: list[dict[str, Any]]) -> torch.Tensor:
         batch: Batch = evaluation.to_device(collate(rows), device)
-        return task.scores(task.forward(model, batch), batch)[0]
+        return counted(task, model, batch)
 
     model.eval()
     try:
@@ -167,6 +167,12 @@ def check(model: nn.Module, task: Task, packed: Packed, device: torch.device) ->
             compare(model, found_NC, alone_NC)
     finally:
         model.train(was_training)
+
+
+def counted(task: Task, model: nn.Module, batch: Batch) -> torch.Tensor:
+    """scores_NC that have a weight, which are the same with other padding."""
+    scores_NC, weight_N = task.scores(task.forward(model, batch), batch)
+    return scores_NC[weight_N > 0]
 
 
 @contextmanager

@@ -128,6 +128,14 @@ class Task:
     leave padding out; `forward` adds `unpadding.arguments(model, batch)` to its call of the model."""
     label_kind: Literal["class", "classes", "number"] | None = None
     """What kind of label the column is to be read as; by default, what it looks like."""
+    derived: ClassVar[dict[str, tuple[str, ...]]] = {}
+    """Columns of a batch that `collate` derives from others, where looking costs nothing, and those others. A derived
+    column is left out where a strategy's `batch` puts something else in the place of one of these: the task must do
+    without it, too."""
+    waits: ClassVar[dict[str, str]] = {}
+    """Operations of the loss that a GPU has to be waited for, and why that cannot be helped. The conformance kit finds
+    all others (`kt_hf.testing.waits`); what has the shape of a batch, with weight 0 where nothing counts, waits for
+    nothing."""
     random_rows: bool = False
     """Whether training rows are preprocessed anew in every epoch, because `preprocess` draws (a caption out of
     several)."""
@@ -184,15 +192,22 @@ class Task:
         }
 
     def collate(self, rows: Sequence[dict[str, Any]], loaded: Loaded) -> Batch:
-        """Preprocessed rows -> a flat batch, always with `index`."""
+        """Preprocessed rows -> a flat batch, always with `index`: tensors, and lists with an entry for each row of what
+        Python has to know, which stay on the host."""
         raise NotImplementedError
 
     def part(self, batch: Batch, start: int, stop: int) -> Batch:
         """The rows from `start` to `stop` of a batch, for running it in chunks. To be told by tasks for which the model
         sees several rows (windows of a text) for one of the data."""
         rows = len(batch["index"])
-        own = {k: isinstance(v, torch.Tensor) and v.dim() > 0 and len(v) == rows for k, v in batch.items()}
-        return {k: v[start:stop] if own[k] else v for k, v in batch.items()}
+        tensors = {k for k, v in batch.items() if isinstance(v, torch.Tensor) and v.dim() > 0 and len(v) == rows}
+        own = tensors | {k for k, v in batch.items() if isinstance(v, list)}
+        return {k: v[start:stop] if k in own else v for k, v in batch.items()}
+
+    def current(self, batch: Batch, before: Batch) -> Batch:
+        """A batch without `derived` columns of what is not as it was before."""
+        stale = {k for k, of in self.derived.items() if any(batch.get(name) is not before.get(name) for name in of)}
+        return {k: v for k, v in batch.items() if k not in stale} if stale & batch.keys() else batch
 
     def forward(self, model: nn.Module, batch: Batch, **kwargs: Any) -> Any:
         """Run the model without labels."""

@@ -398,10 +398,7 @@ class Trainer:
         found: dict[str, dict[str, Any]] = {}
         values: Any = local.values()
         if world > 1:
-            shared = [*values, self.told.mark]
-            everywhere = torch.stack(
-                [torch.as_tensor(v, dtype=torch.float32, device=self.run_facts.device) for v in shared]
-            )
+            everywhere = torch.stack([self.on_device(v) for v in (*values, self.told.mark)])
             torch.distributed.all_reduce(everywhere)
             *values, told = everywhere.unbind()
             self.told.hear(told)
@@ -409,6 +406,11 @@ class Trainer:
             at_least_one = value.clamp(min=1) if isinstance(value, torch.Tensor) else max(value, 1)
             found.setdefault(stream, {})[unit] = at_least_one
         return found
+
+    def on_device(self, number: float | torch.Tensor) -> torch.Tensor:
+        """As float32. A number that is filled in is waited for by nobody, one that is copied is."""
+        device = self.run_facts.device
+        return number.float() if isinstance(number, torch.Tensor) else torch.full((), float(number), device=device)
 
     def position(self, step: int, i: int, n: int, counts: Any, sizes: Sizes) -> Position:
         run = self.run_facts

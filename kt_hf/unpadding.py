@@ -230,10 +230,10 @@ def check(model: nn.Module, task: Task, batch: Batch) -> None:
     heard = [layer.register_forward_pre_hook(partial(_note, reached), with_kwargs=True) for layer in _listed(model)]
     model.eval()
     try:
-        alone_NC = task.scores(task.forward(model, batch), batch)[0]
+        alone_NC = packing.counted(task, model, batch)
         install(model)
         with packing.running(model):
-            found_NC = task.scores(task.forward(model, batch), batch)[0]
+            found_NC = packing.counted(task, model, batch)
         if not any(reached):
             raise RecipeError(
                 f"training.packing: {type(loading.unwrap(model)).__name__} hands nothing on to its layers that would "

@@ -73,6 +73,8 @@ class AutomaticSpeechRecognition(Task):
     lower_metrics = (*OF_TEXTS, "loss")
     cache_rows = False
     augments = "audio"
+    derived = {"steps": ("lengths",)}
+    waits = {"_ctc_loss": "PyTorch's kernel for alignments takes the lengths of frames and texts on the host"}
 
     def __init__(
         self,
@@ -204,6 +206,7 @@ class AutomaticSpeechRecognition(Task):
         batch[heard.input_name] = _padded([row[heard.input_name] for row in rows], heard.extractor.padding_value)
         mask_BI = _padded([row["attention_mask"] for row in rows], 0)
         batch["lengths"] = mask_BI.sum(1)
+        batch["steps"] = batch["lengths"].tolist()
         if heard.masks:
             batch["attention_mask"] = mask_BI
         if "labels" in rows[0]:
@@ -226,41 +229,37 @@ class AutomaticSpeechRecognition(Task):
             for name in ("logits", "last_hidden")
             if name in parts[0]
         }
-        return Outputs(**columns, num_frames=torch.cat([part["num_frames"] for part in parts]))
+        if "num_frames" in parts[0]:
+            columns["num_frames"] = torch.cat([part["num_frames"] for part in parts])
+        return Outputs(**columns)
 
     def loss(
         self, outputs: Any, batch: Batch, label_smoothing: float = 0.0
     ) -> tuple[torch.Tensor, torch.Tensor | None, str]:
         """In nats per target token. Frames: -log of the sum over all alignments, one value for each row, of the weight
-        of its tokens; 0 where there are too few frames for the text. Decoders: one for each target token."""
+        of its tokens; 0 where there are too few frames for the text. Decoders: one for each place of a target."""
         if "blank" not in batch:
-            logits_NC, targets_N = self._at_targets(outputs, batch)
-            values_N = F.cross_entropy(logits_NC, targets_N, reduction="none", label_smoothing=label_smoothing)
-            return values_N, torch.ones_like(values_N), "token"
+            return language.loss(*language.learnt(outputs.logits, batch["labels"], None), label_smoothing)
         if label_smoothing:
             raise RecipeError("a loss over alignments (CTC) has no label smoothing", "leave label_smoothing out")
         tokens_B = (batch["labels"] != IGNORED).sum(1)
         nll_B = alignment_loss(outputs.logits, outputs.num_frames, batch)
         return nll_B / tokens_B.clamp(min=1), tokens_B.float(), "token"
 
-    def _at_targets(self, outputs: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        real_BL = batch["labels"] != IGNORED
-        return outputs.logits[real_BL].float(), batch["labels"][real_BL]
-
     def units(self, batch: Batch) -> dict[str, int | torch.Tensor]:
         counts: dict[str, int | torch.Tensor] = {"example": len(batch["index"])}
         return counts | ({"token": (batch["labels"] != IGNORED).sum()} if "labels" in batch else {})
 
     def scores(self, outputs: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits over the vocabulary for every frame (decoders: target token), which share the weight 1 of their
-        row."""
+        """Logits over the vocabulary for every frame (decoders: place of a target); those that are real share the
+        weight 1 of their row."""
         if "blank" in batch:
             real_BT = _real(outputs.num_frames, outputs.logits.shape[1])
             weight_BT = real_BT / outputs.num_frames.clamp(min=1).unsqueeze(1)
             return outputs.logits.float().flatten(0, 1), weight_BT.flatten()
         real_BL = batch["labels"] != IGNORED
-        logits_NC, _ = self._at_targets(outputs, batch)
-        return logits_NC, (real_BL / real_BL.sum(1, keepdim=True).clamp(min=1))[real_BL]
+        logits_NC, _ = language.learnt(outputs.logits, batch["labels"], None)
+        return logits_NC, (real_BL / real_BL.sum(1, keepdim=True).clamp(min=1)).flatten()
 
     def features(self, outputs: Any, batch: Batch) -> torch.Tensor:
         """Mean of the encoder's last hidden states over the real frames."""
@@ -310,7 +309,7 @@ class AutomaticSpeechRecognition(Task):
                 "an ensemble of decoders scores given texts, but does not write",
                 "set task.automatic-speech-recognition.metrics=[loss], or merge in weight space instead",
             )
-        found = language.judge_scores(scores_NC, batch["labels"])
+        found = language.judge_scores(scores_NC, weight_N, batch["labels"])
         return {name: found[name] for name in ("nll", "tokens")}
 
     def finish(self, predictions: dict[str, np.ndarray], loaded: Loaded, rows: Any) -> dict[str, np.ndarray]:
@@ -406,14 +405,15 @@ def _apart(model: nn.Module, batch: Batch) -> bool:
 def _rows(batch: Batch) -> list[Batch]:
     """Batches of single rows without padding of the sound."""
     found = []
-    for i, length in enumerate(batch["lengths"].tolist()):
-        one = {k: v[i : i + 1] if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+    for i, length in enumerate(batch.get("steps") or batch["lengths"].tolist()):
+        one: Batch = {k: v[i : i + 1] if isinstance(v, (torch.Tensor, list)) else v for k, v in batch.items()}
         found.append({k: v[:, :length] if k in (*INPUTS, "attention_mask") else v for k, v in one.items()})
     return found
 
 
 def run_model(model: nn.Module, batch: Batch, **kwargs: Any) -> Outputs:
-    """One call. `last_hidden` of frames is there where hidden states are asked for."""
+    """One call. `last_hidden` is there where hidden states are asked for, and so is `num_frames` of decoders, which
+    need it for nothing else (Moonshine's is a number of Python's, which waits for the device)."""
     inner = loading.unwrap(model)
     given = {name: batch[name] for name in (*INPUTS, "attention_mask") if name in batch}
     if "blank" in batch:
@@ -422,6 +422,8 @@ def run_model(model: nn.Module, batch: Batch, **kwargs: Any) -> Outputs:
     else:
         given["decoder_input_ids"] = writing.shifted(batch["labels"], inner)
         outputs = model(**given, **{"use_cache": False, **kwargs})
+        if not kwargs.get("output_hidden_states"):
+            return Outputs(logits=outputs.logits)
         hidden = outputs.encoder_last_hidden_state
     steps = outputs.logits if hidden is None else hidden
     frames_B = num_frames(inner, batch["lengths"]).clamp(max=steps.shape[1])

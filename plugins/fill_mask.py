@@ -1,7 +1,7 @@
 """Masked language modelling: words are hidden in a text and found again; continued pre-training of encoders.
 
-Shapes: B rows of a batch, L tokens of the longest row, C entries of the vocabulary, D width of features, N hidden
-tokens of the whole batch, row by row.
+Shapes: B rows of a batch, L tokens of the longest row, C entries of the vocabulary, D width of features, N places
+of the whole batch, row by row: its hidden tokens, and what fills up rows that have fewer than others.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from pydantic import Field
 from torch import nn
-from torch.nn import functional as F
 
 from kt_hf import Loaded, Role, Task, language, loading, tiny
 from kt_hf.errors import DataError, IntegrityError, RecipeError
@@ -44,6 +43,7 @@ class FillMask(Task):
     greater_is_better = False
     lower_metrics = ("loss",)
     random_rows = True
+    derived = {language.PLACES: ("labels",)}
 
     def __init__(
         self,
@@ -155,8 +155,9 @@ class FillMask(Task):
         tokens = {k: [list(row[k]) for row in rows] for k in rows[0] if k not in ("index", "labels")}
         batch: Batch = dict(loaded.processor.pad(tokens, padding_side="right", return_tensors="pt"))
         width = batch["input_ids"].shape[1]
-        labels = [list(row["labels"]) + [IGNORED] * (width - len(row["labels"])) for row in rows]
-        return {**batch, "labels": torch.tensor(labels), "index": torch.tensor([int(row["index"]) for row in rows])}
+        labels_BL = torch.tensor([list(row["labels"]) + [IGNORED] * (width - len(row["labels"])) for row in rows])
+        batch |= {"labels": labels_BL, language.PLACES: language.places(labels_BL)}
+        return {**batch, "index": torch.tensor([int(row["index"]) for row in rows])}
 
     # --- the model's outputs ---
 
@@ -167,22 +168,19 @@ class FillMask(Task):
     def loss(
         self, outputs: Any, batch: Batch, label_smoothing: float = 0.0
     ) -> tuple[torch.Tensor, torch.Tensor | None, str]:
-        """-log p(token | the text with what is hidden), in nats: values_N of the hidden tokens, all of weight 1."""
-        logits_NC, targets_N = self._at_hidden(outputs, batch)
-        values_N = F.cross_entropy(logits_NC, targets_N, reduction="none", label_smoothing=label_smoothing)
-        return values_N, torch.ones_like(values_N), "token"
+        """-log p(token | the text with what is hidden), in nats: values_N, of weight 1 for the hidden tokens."""
+        return language.loss(*self._at_hidden(outputs, batch), label_smoothing)
 
     def _at_hidden(self, outputs: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden_BL = batch["labels"] != IGNORED
-        return outputs.logits[hidden_BL].float(), batch["labels"][hidden_BL]  # selected first: no copy of the rest
+        return language.learnt(outputs.logits, batch["labels"], batch.get(language.PLACES))
 
     def units(self, batch: Batch) -> dict[str, int | torch.Tensor]:
         return {"example": len(batch["index"]), "token": (batch["labels"] != IGNORED).sum()}
 
     def scores(self, outputs: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits over the vocabulary for every hidden token."""
-        logits_NC, _ = self._at_hidden(outputs, batch)
-        return logits_NC, torch.ones(len(logits_NC), device=logits_NC.device)
+        logits_NC, targets_N = self._at_hidden(outputs, batch)
+        return logits_NC, language.weights(targets_N)
 
     def features(self, outputs: Any, batch: Batch) -> torch.Tensor:
         """Mean of the last hidden states over the real tokens."""
@@ -196,7 +194,7 @@ class FillMask(Task):
         return language.judge_labels(self.forward(model, batch).logits, batch["labels"])
 
     def from_scores(self, scores_NC: torch.Tensor, weight_N: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
-        return language.judge_scores(scores_NC, batch["labels"])
+        return language.judge_scores(scores_NC, weight_N, batch["labels"])
 
     def measure(self, predictions: dict[str, np.ndarray], loaded: Loaded, info: Any) -> Scores:
         """Perplexity and its logarithm, and accuracy, of hidden tokens."""

@@ -36,6 +36,7 @@ class ImageSegmentation(Task):
 
     auto_class = "AutoModelForSemanticSegmentation"
     classes_from = "model"
+    derived = {"extents": ("size",)}
     augments = "image"
     cache_rows = False
     conformance = {
@@ -183,9 +184,10 @@ class ImageSegmentation(Task):
 
     def collate(self, rows: Any, loaded: Loaded) -> Batch:
         """Masks of several sizes lie in the upper left corner."""
-        batch = {
+        batch: Batch = {
             "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
             "size": torch.tensor([list(row["size"]) for row in rows]),
+            "extents": [tuple(map(int, row["size"])) for row in rows],
             "index": torch.tensor([int(row["index"]) for row in rows]),
         }
         if "labels" in rows[0]:
@@ -321,7 +323,7 @@ def resized(mask_HW: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
 
 def enlarged(logits_BChw: torch.Tensor, batch: Batch) -> torch.Tensor:
     """logits_BCHW in float32, each row's brought to its own size, in the upper left corner."""
-    logits_BChw, sizes = logits_BChw.float(), [tuple(size) for size in batch["size"].tolist()]
+    logits_BChw, sizes = logits_BChw.float(), batch.get("extents") or [tuple(size) for size in batch["size"].tolist()]
     if len(set(sizes)) == 1:
         return F.interpolate(logits_BChw, sizes[0], mode="bilinear", align_corners=False)
     height, width = (max(size[i] for size in sizes) for i in (0, 1))

@@ -71,6 +71,8 @@ class ObjectDetection(Task):
         Role("objects", ("struct",), aliases=COLUMNS[1:], predicted=True),
     )
 
+    waits = {"kt_hf::match_boxes": "which query fits which true box is found on the host (`scipy`)"}
+
     def __init__(
         self,
         *,

@@ -49,6 +49,7 @@ class QuestionAnswering(Task):
         "model": {"config": "bert", "config_overrides": {**tiny.ENCODER, "max_position_embeddings": 384}},
     }
     unit = "end"
+    derived = {"windows": ("row_of",)}
     metric = "f1"
     roles = (
         Role("question", ("string",), aliases=("query",)),
@@ -201,7 +202,7 @@ class QuestionAnswering(Task):
             if name in rows[0]
         }
         owners = [place for place, row in enumerate(rows) for _ in row["input_ids"]]
-        batch["row_of"] = torch.tensor(owners)
+        batch["row_of"], batch["windows"] = torch.tensor(owners), [len(row["input_ids"]) for row in rows]
         batch["null"] = torch.tensor([null_token(tokenizer, ids) for row in rows for ids in row["input_ids"]])
         if "span" in rows[0]:
             windows = zip(
@@ -218,8 +219,9 @@ class QuestionAnswering(Task):
 
     def part(self, batch: Batch, start: int, stop: int) -> Batch:
         """The windows of the rows between."""
-        windows_V = (batch["row_of"] >= start) & (batch["row_of"] < stop)
-        by_row = ("index", "characters", "truths")
+        counts = batch.get("windows") or batch["row_of"].bincount(minlength=len(batch["index"])).tolist()
+        windows_V = slice(sum(counts[:start]), sum(counts[:stop]))
+        by_row = ("index", "characters", "truths", "windows")
         found = {k: v[start:stop] if k in by_row else v[windows_V] for k, v in batch.items()}
         return {**found, "row_of": found["row_of"] - start}
 

@@ -1,7 +1,7 @@
 """Text-to-text generation: translation, summarisation, whatever writes one text from another.
 
 Shapes: B rows of a batch, S tokens of the longest source, L of the longest target, W tokens written, C entries of the
-vocabulary, D width of features, N target tokens of the whole batch, row by row, or examples.
+vocabulary, D width of features, N places of the targets of the whole batch, row by row, or examples.
 """
 
 from __future__ import annotations
@@ -200,22 +200,16 @@ class Text2TextGeneration(Task):
     def loss(
         self, outputs: Any, batch: Batch, label_smoothing: float = 0.0
     ) -> tuple[torch.Tensor, torch.Tensor | None, str]:
-        """-log p(token | source, what precedes it), in nats: values_N of the target tokens, all of weight 1."""
-        logits_NC, targets_N = self._at_targets(outputs, batch)
-        values_N = F.cross_entropy(logits_NC, targets_N, reduction="none", label_smoothing=label_smoothing)
-        return values_N, torch.ones_like(values_N), "token"
-
-    def _at_targets(self, outputs: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        real_BL = batch["labels"] != IGNORED
-        return outputs.logits[real_BL].float(), batch["labels"][real_BL]  # selected first: no float32 copy of the rest
+        """-log p(token | source, what precedes it), in nats: values_N, of weight 1 for the target tokens."""
+        return language.loss(*language.learnt(outputs.logits, batch["labels"], None), label_smoothing)
 
     def units(self, batch: Batch) -> dict[str, int | torch.Tensor]:
         return {"example": len(batch["index"]), "token": (batch["labels"] != IGNORED).sum()}
 
     def scores(self, outputs: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits over the vocabulary for every target token."""
-        logits_NC, _ = self._at_targets(outputs, batch)
-        return logits_NC, torch.ones(len(logits_NC), device=logits_NC.device)
+        """Logits over the vocabulary for every place of a target; weight 0 behind its end."""
+        logits_NC, targets_N = language.learnt(outputs.logits, batch["labels"], None)
+        return logits_NC, language.weights(targets_N)
 
     def features(self, outputs: Any, batch: Batch) -> torch.Tensor:
         """Mean of the encoder's last hidden states over the real tokens of the source."""
@@ -248,7 +242,7 @@ class Text2TextGeneration(Task):
                 "an ensemble of text-to-text models scores given targets, but does not write",
                 "set task.text2text-generation.metrics=[perplexity], or merge in weight space instead",
             )
-        return language.judge_scores(scores_NC, batch["labels"])
+        return language.judge_scores(scores_NC, weight_N, batch["labels"])
 
     def finish(self, predictions: dict[str, np.ndarray], loaded: Loaded, rows: Any) -> dict[str, np.ndarray]:
         """Texts in place of token ids, and for every metric of texts its counts of each example; references are the

@@ -1,7 +1,7 @@
 """Text generation: a causal language model on texts, on prompts with completions, or on chats.
 
-Shapes: B rows of a batch, L tokens of the longest row, C entries of the vocabulary, D width of features, N predicted
-tokens of the whole batch, row by row.
+Shapes: B rows of a batch, L tokens of the longest row, C entries of the vocabulary, D width of features, N places
+of the whole batch, row by row: its predicted tokens, and what fills up rows that have fewer than others.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from pydantic import Field
 from torch import nn
-from torch.nn import functional as F
 
 from kt_hf import Loaded, Role, Task, language, loading, packing, tiny
 from kt_hf.errors import DataError, IntegrityError, RecipeError
@@ -70,6 +69,7 @@ class TextGeneration(Task):
     unit = "token"
     length_column = "input_ids"
     packs = "bins"
+    derived = {language.PLACES: ("labels", "attention_mask")}
     metric = "perplexity"
     greater_is_better = False
     metrics = ("perplexity", "loss", "token_accuracy")
@@ -252,7 +252,7 @@ class TextGeneration(Task):
         batch: Batch = {"index": torch.tensor([int(row["index"]) for row in rows])}
         for name, value in fill.items():
             batch[name] = torch.tensor([list(row[name]) + [value] * (width - len(row[name])) for row in rows])
-        return batch
+        return {**batch, language.PLACES: language.places(next_labels(batch))}
 
     # --- the model's outputs ---
 
@@ -275,21 +275,19 @@ class TextGeneration(Task):
     def loss(
         self, outputs: Any, batch: Batch, label_smoothing: float = 0.0
     ) -> tuple[torch.Tensor, torch.Tensor | None, str]:
-        """-log p(token | what precedes it), in nats: values_N of the predicted tokens, all of weight 1."""
-        rows_N, positions_N = predicted(batch)
-        targets_N = batch["labels"][rows_N, positions_N + 1]
-        logits_NC = outputs.logits[rows_N, positions_N].float()  # selected first: no float32 copy of the others
-        values_N = F.cross_entropy(logits_NC, targets_N, reduction="none", label_smoothing=label_smoothing)
-        return values_N, torch.ones_like(values_N), "token"
+        """-log p(token | what precedes it), in nats: values_N, of weight 1 for the predicted tokens."""
+        return language.loss(*self._at_predicted(outputs, batch), label_smoothing)
+
+    def _at_predicted(self, outputs: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        return language.learnt(outputs.logits[:, :-1], next_labels(batch), batch.get(language.PLACES))
 
     def units(self, batch: Batch) -> dict[str, int | torch.Tensor]:
         return {"example": len(batch["index"]), "token": predicted_mask(batch).sum()}
 
     def scores(self, outputs: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits over the vocabulary at the positions whose next token counts."""
-        rows_N, positions_N = predicted(batch)
-        logits_NC = outputs.logits[rows_N, positions_N].float()
-        return logits_NC, torch.ones(len(logits_NC), device=logits_NC.device)
+        logits_NC, targets_N = self._at_predicted(outputs, batch)
+        return logits_NC, language.weights(targets_N)
 
     def features(self, outputs: Any, batch: Batch) -> torch.Tensor:
         """Mean of the last hidden states over the real tokens."""
@@ -304,7 +302,7 @@ class TextGeneration(Task):
         return language.judge_labels(self.forward(model, batch).logits[:, :-1], next_labels(batch))
 
     def from_scores(self, scores_NC: torch.Tensor, weight_N: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
-        return language.judge_scores(scores_NC, next_labels(batch))
+        return language.judge_scores(scores_NC, weight_N, next_labels(batch))
 
     def measure(self, predictions: dict[str, np.ndarray], loaded: Loaded, info: Any) -> Scores:
         return language.measure(
@@ -537,9 +535,3 @@ def predicted_mask(batch: Batch) -> torch.Tensor:
 def next_labels(batch: Batch) -> torch.Tensor:
     """labels_B(L-1): the next token of every position, IGNORED where it does not count."""
     return torch.where(predicted_mask(batch), batch["labels"][:, 1:], IGNORED)
-
-
-def predicted(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rows_N, positions_N) of the positions whose next token counts."""
-    rows_N, positions_N = predicted_mask(batch).nonzero(as_tuple=True)
-    return rows_N, positions_N

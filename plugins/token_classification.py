@@ -192,8 +192,8 @@ class TokenClassification(Task):
         return batch["words"] != 0 if self.label_all_pieces else batch["words"] > 0
 
     def scores(self, outputs: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        logits_NC = outputs.logits[self._scored(batch)].float()
-        return logits_NC, torch.ones(len(logits_NC), device=logits_NC.device)
+        """Logits of every piece; weight 0 for those by which no word is scored."""
+        return outputs.logits.float().flatten(0, 1), self._scored(batch).float().flatten()
 
     def features(self, outputs: Any, batch: Batch) -> torch.Tensor:
         """Mean of the last hidden states over the real pieces."""
@@ -209,8 +209,7 @@ class TokenClassification(Task):
     def from_scores(self, scores_NC: torch.Tensor, weight_N: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
         """Of every word of B rows: `label`, `prediction` (-1 where the model has not seen it) and its
         `probability`."""
-        first_N = batch["words"][self._scored(batch)] > 0
-        chance_N, guess_N = scores_NC[first_N].softmax(-1).max(-1)
+        chance_N, guess_N = scores_NC[batch["words"].flatten() > 0].softmax(-1).max(-1)
         rows_N, places_N = (batch["words"] > 0).nonzero(as_tuple=True)
         words_N = batch["words"][rows_N, places_N] - 1
         prediction_BW = torch.where(batch["tags"] == FILL, FILL, UNKNOWN)

@@ -225,3 +225,9 @@ def stack(names: str, teacher_folder: str) -> dict[str, Any]:
         "distill": {"teacher": teacher_folder, "alpha": 0.4, "temperature": 3.0},
     }
     return {name: settings[name] for name in names.split("+")}
+
+
+def counted(found):
+    """Of (scores_NC, weight_N) those that weigh something."""
+    scores_NC, weight_N = found
+    return scores_NC[weight_N > 0]

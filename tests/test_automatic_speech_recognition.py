@@ -21,7 +21,7 @@ from kt_hf.language import IGNORED
 from kt_hf.reading import in_memory
 from kt_hf.recipe import Model
 from kt_hf.roles import fitting_tasks
-from kt_hf.testing import bench
+from kt_hf.testing import bench, waits
 
 SpeechRecognition = registry.load("task", "automatic-speech-recognition")
 KIT = SpeechRecognition.conformance["model"]
@@ -154,6 +154,21 @@ def test_padding_changes_nothing(kind: str) -> None:
     torch.testing.assert_close(found["nll"], torch.cat([part["nll"] for part in parts]), rtol=1e-4, atol=1e-4)
     texts = [loaded.processor.text(ids.numpy()) for ids in found["written"]]
     assert texts == [loaded.processor.text(part["written"][0].numpy()) for part in parts]
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_gpu_is_waited_for_by_alignments_alone(kind: str) -> None:
+    """Also where rows are run one by one, as those of teachers may be."""
+    task, loaded = fresh(kind)
+    batch = batch_of(task, loaded, info().splits["test"][:3])
+    with waits.watching(loaded.model) as watch:
+        outputs = task.forward(loaded.model.train(), batch)
+        values, weight, _ = task.loss(outputs, batch)
+        torch.autograd.grad((values * weight).sum(), outputs.logits)
+        task.scores(outputs, batch)
+        task.scores(task.forward(loaded.model.eval(), batch), batch)
+    found = {wait.name for wait in watch.found}
+    assert found == (set(task.waits) if "blank" in batch else set())
 
 
 def test_a_text_that_is_too_long_for_its_frames_teaches_nothing() -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from kt_hf import EnsembleMethod, MergeMethod, ModelRef, Strategy, registry, testing
+from kt_hf.testing import waits
 from kt_hf.testing.rules import Finding
 
 
@@ -491,6 +492,67 @@ def test_ensembles_can_fail():
         "order-does-not-matter",
         "state-rebuilds-it",
     }
+
+
+# --- tasks -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_task_that_picks_by_a_mask_is_seen_to_wait(monkeypatch: pytest.MonkeyPatch):
+    def loss(self: Any, outputs: Any, batch: dict[str, Any], label_smoothing: float = 0.0) -> Any:
+        hidden_BL = batch["labels"] != -100
+        values_N = F.cross_entropy(outputs.logits[hidden_BL], batch["labels"][hidden_BL], reduction="none")
+        return values_N, None, "token"
+
+    cls = registry.load("task", "fill-mask")
+    monkeypatch.setattr(cls, "loss", loss)
+    found = broken("task", "fill-mask")
+    assert list(found) == ["waits-for-no-device"] and "index (test_conformance.py:" in found["waits-for-no-device"]
+    monkeypatch.setattr(cls, "waits", {"index": "for a test", "index_put": "for a test"})
+    assert broken("task", "fill-mask") == {}
+
+
+X, MASK, ONE = torch.tensor([1.0, 2.0, 0.5]), torch.tensor([True, False, True]), torch.tensor([1])
+
+
+@pytest.mark.parametrize(
+    ("name", "work"),
+    [
+        ("index", lambda: X[MASK]),
+        ("index_put_", lambda: X.clone().__setitem__(MASK, X[:2])),
+        ("nonzero", lambda: torch.where(MASK)),
+        ("masked_select", lambda: X.masked_select(MASK)),
+        ("_unique2", lambda: X.unique()),
+        ("repeat_interleave", lambda: torch.repeat_interleave(torch.tensor([1, 2]))),
+        ("_local_scalar_dense", lambda: X.sum().item()),
+        ("_local_scalar_dense", lambda: X[0] if MASK.any() else None),
+        ("multinomial", lambda: torch.multinomial(X, 1)),
+        ("_ctc_loss", lambda: F.ctc_loss(torch.zeros(2, 1, 3), ONE[None], ONE, ONE)),
+        ("tolist", lambda: X.tolist()),
+        ("cpu", lambda: X.cpu()),
+        ("to", lambda: X.to("cpu")),
+        ("numpy", lambda: X.numpy()),
+        ("tensor", lambda: torch.tensor([1, 2], device=X.device)),
+        ("new_tensor", lambda: X.new_tensor([1, 2])),
+        ("", lambda: X[X.argsort()[:2]] + torch.where(MASK, X, 0.0).masked_fill(MASK, 1.0)[:2]),
+        ("", lambda: X.to(MASK.device).new_zeros(3).index_add(0, MASK.long(), X).topk(2).values[-1]),
+        ("", lambda: torch.full((), 2.0, device=X.device) * X.cumsum(0).argsort().float()),
+    ],
+)
+def test_what_waits_is_told_from_what_does_not(name: str, work: Any):
+    with waits.watching() as watch:
+        work()
+    assert [wait.name for wait in watch.found] == ([name] if name else [])
+
+
+def test_a_models_own_forward_is_told_apart():
+    class Picks(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x[x > 0]
+
+    model = Picks()
+    with waits.watching(nn.Sequential(model)) as watch:
+        model(X)
+    assert not watch.found and [wait.name for wait in watch.in_model] == ["index"]
 
 
 # --- the kit itself --------------------------------------------------------------------------------------------------

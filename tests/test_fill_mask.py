@@ -10,10 +10,12 @@ import pytest
 import task_grid
 import torch
 from datasets import Dataset
+from helpers import counted
 from kt_hf_plugins.fill_mask import FillMask
 from torch.nn import functional as F
 
-from kt_hf import Data, Loaded, Model, inference, loading, testing
+from kt_hf import Data, Loaded, Model, Strategy, inference, loading, testing
+from kt_hf.bundle import Bundle, Position
 from kt_hf.data import DataInfo
 from kt_hf.errors import DataError, IntegrityError, RecipeError
 from kt_hf.language import IGNORED
@@ -135,7 +137,8 @@ def test_numbers_are_those_of_a_plain_loop(kind: str) -> None:
             nll.append(float(F.cross_entropy(logits_LC, target_L, reduction="sum")))
             hits.append(int((logits_LC.argmax(-1) == target_L).sum()))
         found = {k: v.numpy() for k, v in task.predict(loaded.model, batch, {}).items()}
-        values_N, _, unit = task.loss(task.forward(loaded.model, batch), batch)
+        values_N, weight_N, unit = task.loss(task.forward(loaded.model, batch), batch)
+        values_N = values_N[weight_N > 0]
         own = loaded.model(**{k: v for k, v in batch.items() if k != "index"}).loss
     np.testing.assert_allclose(found["nll"], nll, rtol=1e-4, atol=1e-5)
     assert found["correct"].tolist() == hits and found["tokens"].sum() == len(values_N) == int(
@@ -144,7 +147,35 @@ def test_numbers_are_those_of_a_plain_loop(kind: str) -> None:
     torch.testing.assert_close(values_N.mean(), own, rtol=1e-5, atol=1e-5)
     scores = task.measure(found, loaded, None)
     assert scores.metrics["perplexity"] == pytest.approx(np.exp(sum(nll) / len(values_N)), rel=1e-4) and unit == "token"
-    assert task.scores(task.forward(loaded.model, batch), batch)[0].shape == (len(values_N), len(loaded.processor))
+    scores_NC = counted(task.scores(task.forward(loaded.model, batch), batch))
+    assert scores_NC.shape == (len(values_N), len(loaded.processor))
+
+
+class LearnsTheRest(Strategy):
+    """Puts other labels into the batch: what is not hidden."""
+
+    def batch(self, batch: Any, model: Any, progress: float) -> Any:
+        hidden_BL, real_BL = batch["labels"] != IGNORED, batch["attention_mask"].bool()
+        return {**batch, "labels": batch["input_ids"].masked_fill(hidden_BL | ~real_BL, IGNORED)}
+
+
+@pytest.mark.parametrize("chunk", [0, 1])
+def test_other_labels_are_learnt_where_they_are(chunk: int) -> None:
+    """The places that `collate` found are of the labels that it saw."""
+    task, loaded = fresh()
+    columns = task.preprocess({"text": TEXTS[:3]}, loaded, train=False)
+    batch = task.collate([{**{k: v[i] for k, v in columns.items()}, "index": i} for i in range(3)], loaded)
+    changer = LearnsTheRest()
+    other = changer.batch(batch, None, 0.0)
+    counts = {"train": task.units(other)}
+    bundle = Bundle(loaded, task, {"rest": changer}, chunk=chunk).eval()
+    terms = bundle("loss", batch, {}, Position(0, 0.0, 0, 1, 0, 0, 1, counts, {"train": [3]}))
+    with torch.no_grad():
+        logits_BLC = task.forward(loaded.model, batch).logits
+    expected = F.cross_entropy(logits_BLC.flatten(0, 1), other["labels"].flatten())
+    assert counts["train"]["token"] > batch["places"].numel()
+    torch.testing.assert_close(terms["task"], expected, rtol=1e-5, atol=1e-5)
+    assert task.current({**batch, "index": batch["index"] + 1}, batch)["places"] is batch["places"]
 
 
 # --- models ----------------------------------------------------------------------------------------------------------

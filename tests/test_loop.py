@@ -18,9 +18,12 @@ import pytest
 import torch
 from helpers import identical, make_trainer, train, weights
 
-from kt_hf import Strategy, checkpoint
+from kt_hf import Strategy, checkpoint, registry
 from kt_hf.errors import RecipeError
 from kt_hf.notes import Notes
+from kt_hf.testing import waits
+from kt_hf.testing.bench import Bench
+from kt_hf.trainer import Trainer
 
 WAITS = ("item", "__bool__", "__float__", "__int__", "__index__", "tolist", "cpu", "numpy")
 
@@ -74,6 +77,50 @@ def test_the_watch_sees_what_an_optimizer_without_a_device_decision_does(tmp_pat
     with watched(monkeypatch, lambda: counter.now) as calls:
         trainer.run()
     assert any(step in (1, 2) for step, _ in calls)
+
+
+# What a step does beside the models' own forward is watched, operation by operation.
+STACKS = [
+    ("text-generation", "distill+ema", {}),
+    ("text-generation", "finetune", {"packing": True}),
+    ("text-generation", "lora", {"label_smoothing_factor": 0.1, "gradient_accumulation_steps": 2}),
+    ("fill-mask", "distill", {"forward_chunk_size": 2}),
+    ("text2text-generation", "distill", {}),
+    ("token-classification", "distill+balance", {}),
+    ("image-segmentation", "distill+balance", {}),
+    ("image-text-matching", "finetune", {}),
+    ("question-answering", "distill", {"forward_chunk_size": 2}),
+    ("zero-shot-image-classification", "contrastive", {}),
+]
+
+
+def waits_of_steps(folder, task, names, monkeypatch, **training):
+    """What waits in the steps after the first, within any task and strategies."""
+    bench, found = Bench(task, folder), []
+    step = Trainer.step
+
+    def watched_step(self, number, *args):
+        frozen = [model for _, model in self.run_facts.all_frozen()]
+        with waits.watching(self.bundle.model, *frozen) as watch:
+            step(self, number, *args)
+        found.extend(watch.found if number else [])
+
+    settings = {"distill": {"teacher": bench.saved("teacher")}} if "distill" in names else {}
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", watched_step)
+        stack = {n: registry.load("strategy", n)(**settings.get(n, {})) for n in names.split("+")}
+        bench.train(stack, folder / "run", **training)
+    return sorted({wait.name for wait in found})
+
+
+@pytest.mark.parametrize(("task", "names", "extra"), STACKS, ids=["-".join([t, n, *x]) for t, n, x in STACKS])
+def test_no_task_waits_for_the_device(task, names, extra, tmp_path, monkeypatch):
+    assert waits_of_steps(tmp_path, task, names, monkeypatch, **extra) == []
+
+
+def test_an_optimizer_that_looks_is_seen_to_wait(tmp_path, monkeypatch):
+    found = waits_of_steps(tmp_path, "image-classification", "finetune", monkeypatch, optim="adamw_torch")
+    assert "_local_scalar_dense" in found
 
 
 # --- numbers that are not finite --------------------------------------------------------------------------------------

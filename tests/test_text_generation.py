@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from kt_hf_plugins.text_generation import IGNORED, TextGeneration, predicted
+from helpers import counted
+from kt_hf_plugins.text_generation import IGNORED, TextGeneration, next_labels, predicted_mask
 from torch.nn import functional as F
 
-from kt_hf import Loaded, Model, loading
+from kt_hf import Loaded, Model, language, loading
 from kt_hf.data import find_roles
 from kt_hf.errors import DataError, IntegrityError, RecipeError
 
@@ -110,7 +111,7 @@ def padded_left(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     moved = {
         k: torch.stack([row.roll(width - n) for row, n in zip(v, lengths, strict=True)])
         for k, v in batch.items()
-        if k != "index"
+        if k not in ("index", language.PLACES)
     }
     return {**moved, "index": batch["index"]}
 
@@ -314,7 +315,7 @@ def test_padding_changes_nothing(kind: str) -> None:
     left = padded_left(right)
     with torch.no_grad():
         outputs = [task.forward(loaded.model, b, output_hidden_states=True) for b in (right, left)]
-        scores = [task.scores(o, b)[0] for o, b in zip(outputs, (right, left), strict=True)]
+        scores = [counted(task.scores(o, b)) for o, b in zip(outputs, (right, left), strict=True)]
         vectors = [task.features(o, b) for o, b in zip(outputs, (right, left), strict=True)]
         found = [task.predict(loaded.model, b, {}) for b in (right, left)]
         alone = [task.predict(loaded.model, batch_of(task, loaded, text=[t]), {}) for t in texts]
@@ -337,10 +338,10 @@ def test_the_loss_is_that_of_transformers_and_units_its_weights() -> None:
     theirs = loaded.model(
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]
     ).loss
-    assert values.mean().item() == pytest.approx(theirs.item(), rel=1e-6)
+    assert (values * weight).sum().item() / weight.sum().item() == pytest.approx(theirs.item(), rel=1e-6)
     smooth = task.loss(outputs, batch, label_smoothing=0.1)[0]
     logits_NC, _ = task.scores(outputs, batch)
-    expected = 0.9 * values + 0.1 * -logits_NC.log_softmax(-1).mean(-1)
+    expected = weight * (0.9 * values + 0.1 * -logits_NC.log_softmax(-1).mean(-1))
     torch.testing.assert_close(smooth, expected, rtol=1e-5, atol=1e-5)
 
     total = int(task.units(batch)["token"])
@@ -368,7 +369,7 @@ def test_chunks_of_positions(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         whole = task.predict(loaded.model, batch, {})
         monkeypatch.setattr("kt_hf.language.CHUNK", 4)
-        assert len(predicted(batch)[0]) > 8
+        assert int(predicted_mask(batch).sum()) > 8
         for name, values in task.predict(loaded.model, batch, {}).items():
             torch.testing.assert_close(values, whole[name])
 
@@ -501,14 +502,20 @@ def test_a_training_set_with_nothing_to_learn_is_refused(tmp_path: Path) -> None
 
 
 def test_positions_that_do_not_count_are_never_float32() -> None:
-    """Half-precision logits: only the selected positions are converted."""
+    """Half-precision logits: as many positions of every row are converted as the row with most has."""
     task = TextGeneration()
     logits_BLC = torch.randn(2, 6, 11, dtype=torch.bfloat16, requires_grad=True)
     labels_BL = torch.full((2, 6), IGNORED)
     labels_BL[0, 3], labels_BL[1, 0] = 4, 2  # the second is at the start: nothing predicts it
     batch = {"labels": labels_BL, "attention_mask": torch.ones(2, 6, dtype=torch.long), "index": torch.arange(2)}
-    values, _, _ = task.loss(SimpleNamespace(logits=logits_BLC), batch)
-    assert values.shape == (1,) and values.dtype == torch.float32 and int(task.units(batch)["token"]) == 1
+    batch[language.PLACES] = language.places(next_labels(batch))
+    assert batch[language.PLACES].tolist() == [[2], [-1]] and task.part(batch, 1, 2)[language.PLACES].shape == (1, 1)
+    values, weight, _ = task.loss(SimpleNamespace(logits=logits_BLC), batch)
+    assert values.dtype == torch.float32 and int(task.units(batch)["token"]) == 1
+    assert weight.tolist() == [1.0, 0.0] and values[1] == 0
     torch.testing.assert_close(values[0], F.cross_entropy(logits_BLC[0, 2].float(), torch.tensor(4)))
     values.sum().backward()
     assert logits_BLC.grad is not None and int((logits_BLC.grad.abs().sum(-1) > 0).sum()) == 1
+    del batch[language.PLACES]
+    everywhere, weight, _ = task.loss(SimpleNamespace(logits=logits_BLC), batch)
+    assert len(everywhere) == 10 and float(weight.sum()) == 1 and everywhere.sum() == values.sum()

@@ -11,6 +11,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from helpers import counted
 from kt_hf_plugins import token_classification as tokens
 from kt_hf_plugins.token_classification import TokenClassification
 from seqeval.metrics import f1_score, precision_score, recall_score
@@ -71,18 +72,19 @@ def test_all_pieces_of_a_word_can_be_learnt(loaded: Loaded):
     assert [y for y in found["labels"][0] if y != -100] == [1] + [2] * (count - 1) + [0] * count  # I-stone after B-
     batch = task.collate([{**{k: v[0] for k, v in found.items()}, "index": 0}], loaded)
     scores_NC, weight_N = task.scores(task.forward(loaded.model, batch), batch)
-    assert len(scores_NC) == weight_N.sum() == task.units(batch)["word"] == 2 * count
+    assert len(counted((scores_NC, weight_N))) == weight_N.sum() == task.units(batch)["word"] == 2 * count
     assert task.from_scores(scores_NC, weight_N, batch)["prediction"].shape == (1, 2)
 
 
 def test_scores_are_those_of_words_and_padding_changes_nothing(bench: Bench, loaded: Loaded):
     rows = Rows(bench.info, "test", bench.task, loaded)
     whole = Collate(bench.task, loaded)(rows.__getitems__([(0, i) for i in range(9)]))
-    together, weight_N = bench.task.scores(bench.task.forward(loaded.model, whole), whole)
+    scores_NC, weight_N = bench.task.scores(bench.task.forward(loaded.model, whole), whole)
+    together = counted((scores_NC, weight_N))
     alone = []
     for i in range(9):
         batch = Collate(bench.task, loaded)(rows.__getitems__([(0, i)]))
-        alone.append(bench.task.scores(bench.task.forward(loaded.model, batch), batch)[0])
+        alone.append(counted(bench.task.scores(bench.task.forward(loaded.model, batch), batch)))
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-4)
     assert weight_N.sum() == sum(len(row) for row in rows_of(bench)["tokens"])
 

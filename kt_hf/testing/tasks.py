@@ -5,18 +5,22 @@ Shapes: B rows, N scored units, C classes.
 
 from __future__ import annotations
 
+import copy
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from kt_hf import evaluation
 from kt_hf.bundle import Bundle
 from kt_hf.errors import KtError
+from kt_hf.loader import Collate, Rows
 from kt_hf.recipe import Model
 from kt_hf.task import Loaded, Part
-from kt_hf.testing import exports
+from kt_hf.testing import exports, waits
 from kt_hf.testing.bench import Bench, cpu_accelerator
 from kt_hf.testing.plugin import Case
 from kt_hf.testing.rules import NotApplicable, demand, rule
@@ -41,6 +45,11 @@ class TaskCase(Case):
     @functools.cached_property
     def batch(self) -> dict[str, Any]:
         return exports.rows(self.bench, self.loaded)
+
+    @functools.cached_property
+    def training_batch(self) -> dict[str, Any]:
+        rows = Rows(self.bench.info, "train", self.bench.task, self.loaded, train=True)
+        return Collate(self.bench.task, self.loaded)(rows.__getitems__([(0, i) for i in range(4)]))
 
     @functools.cached_property
     def outputs(self) -> Any:
@@ -86,8 +95,8 @@ def loss_is_unreduced(case: TaskCase) -> None:
         all(float(units[u]) == sum(float(task.units(half)[u]) for half in halves) for u in units),
         f"`units` of two halves do not add up to {units}",
     )
-    sums = [torch.stack([_total(part) for part in _parts(case, half)]) for half in halves]
-    whole = torch.stack([_total(part) for part in parts])
+    sums = [torch.stack([_total(part) for part in _parts(case, half)]).detach() for half in halves]
+    whole = torch.stack([_total(part) for part in parts]).detach()
     demand(
         torch.allclose(whole, sums[0] + sums[1], rtol=1e-4, atol=1e-5),
         f"the parts of the loss are {whole.tolist()} of a batch, {(sums[0] + sums[1]).tolist()} of its halves",
@@ -96,13 +105,16 @@ def loss_is_unreduced(case: TaskCase) -> None:
 
 def _parts(case: TaskCase, batch: dict[str, Any]) -> list[Part]:
     task = case.bench.task
-    found = task.loss(task.forward(case.loaded.model, batch), batch)
+    return _parts_of(task.loss(task.forward(case.loaded.model, batch), batch))
+
+
+def _parts_of(found: Part | list[Part]) -> list[Part]:
     return found if isinstance(found, list) else [found]
 
 
 def _total(part: Part) -> torch.Tensor:
     values, weight, _ = part
-    return (values if weight is None else values * weight).sum().detach()
+    return (values if weight is None else values * weight).sum()
 
 
 @rule("task", "scores-fit-weights", needs=("makes-batches",))
@@ -116,6 +128,61 @@ def scores_fit_weights(case: TaskCase) -> None:
         scores_NC.dim() == 2 and weight_N.shape == scores_NC.shape[:1],
         f"scores {tuple(scores_NC.shape)}, weights {tuple(weight_N.shape)}",
     )
+
+
+@rule("task", "waits-for-no-device", needs=("makes-batches",))
+def waits_for_no_device(case: TaskCase) -> None:
+    """On a GPU a training step waits for nothing that the task does, but for what `waits` declares.
+
+    That is the counting, the choosing, the loss, the scores, and their gradients; not what the model does by itself.
+    """
+    task, batch = case.bench.task, case.training_batch
+    model = copy.deepcopy(case.loaded.model)
+    with waits.watching(model) as watch:
+        _train(case, model.train(), batch)
+        task.part(batch, 0, 2)
+        with torch.no_grad():  # as a teacher
+            _scores(case, task.forward(model.eval(), batch), batch)
+    odd = [wait for wait in watch.found if wait.name not in task.waits]
+    demand(
+        not odd,
+        f"a GPU has to be waited for in {', '.join(map(str, odd))}: give what does not count the weight 0, let "
+        "`collate` look, or declare it in `waits`",
+    )
+
+
+def _train(case: TaskCase, model: nn.Module, batch: dict[str, Any]) -> None:
+    """What a task does between the log points, with gradients back to the model's outputs."""
+    task = case.bench.task
+    task.units(batch)
+    with torch.no_grad():
+        batch = task.choose(model, batch)
+    outputs = task.forward(model, batch)
+    found = [_total(part) for part in _parts_of(task.loss(outputs, batch))] if task.has_loss else []
+    scores = _scores(case, outputs, batch)
+    found += [(scores[0].log_softmax(-1).mean(-1) * scores[1]).sum()] if scores is not None else []
+    given = [tensor for tensor in _tensors(outputs) if tensor.requires_grad]
+    for total in found:
+        torch.autograd.grad(total, given, allow_unused=True, retain_graph=True)
+
+
+def _scores(case: TaskCase, outputs: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor] | None:
+    try:
+        return case.bench.task.scores(outputs, batch)
+    except KtError:
+        return None
+
+
+def _tensors(outputs: Any) -> Iterator[torch.Tensor]:
+    """All that a model gives, whatever it is in."""
+    if isinstance(outputs, torch.Tensor):
+        yield outputs
+        return
+    inner = vars(outputs).values() if hasattr(outputs, "__dataclass_fields__") else outputs
+    inner = inner.values() if isinstance(inner, dict) else inner
+    if not isinstance(inner, (str, int, float, bool, type(None))):
+        for each in inner:
+            yield from _tensors(each)
 
 
 @rule("task", "measures-its-metric", needs=("makes-batches",))
