@@ -37,8 +37,9 @@ def learnt(
     logits_BLC: torch.Tensor, labels_BL: torch.Tensor, places_BK: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(logits_NC in float32, targets_N) at these places, row by row; the target is IGNORED where a row has no further
-    one. Without places these are all positions, and so much is copied."""
-    if places_BK is None:
+    one. Without places these are all positions, and so they are where places are most of a row: picking would copy as
+    much."""
+    if places_BK is None or 4 * places_BK.shape[1] > 3 * labels_BL.shape[1]:
         return logits_BLC.float().flatten(0, 1), labels_BL.flatten()
     rows_B1, at_BK = torch.arange(len(labels_BL), device=labels_BL.device)[:, None], places_BK.clamp(min=0)
     targets_BK = torch.where(places_BK < 0, IGNORED, labels_BL.gather(1, at_BK))

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from pydantic import Field
 from torch import nn
+from torch.nn import functional as F
 
 from kt_hf import Loaded, Role, Task, language, loading, packing, tiny
 from kt_hf.errors import DataError, IntegrityError, RecipeError
@@ -279,7 +280,7 @@ class TextGeneration(Task):
         return language.loss(*self._at_predicted(outputs, batch), label_smoothing)
 
     def _at_predicted(self, outputs: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        return language.learnt(outputs.logits[:, :-1], next_labels(batch), batch.get(language.PLACES))
+        return language.learnt(outputs.logits, next_labels(batch), batch.get(language.PLACES))
 
     def units(self, batch: Batch) -> dict[str, int | torch.Tensor]:
         return {"example": len(batch["index"]), "token": predicted_mask(batch).sum()}
@@ -299,7 +300,7 @@ class TextGeneration(Task):
 
     def predict(self, model: nn.Module, batch: Batch, context: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Per example: `nll` (nats, summed over its predicted tokens), `tokens`, `correct` (of greedy choice)."""
-        return language.judge_labels(self.forward(model, batch).logits[:, :-1], next_labels(batch))
+        return language.judge_labels(self.forward(model, batch).logits, next_labels(batch))
 
     def from_scores(self, scores_NC: torch.Tensor, weight_N: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
         return language.judge_scores(scores_NC, weight_N, next_labels(batch))
@@ -533,5 +534,5 @@ def predicted_mask(batch: Batch) -> torch.Tensor:
 
 
 def next_labels(batch: Batch) -> torch.Tensor:
-    """labels_B(L-1): the next token of every position, IGNORED where it does not count."""
-    return torch.where(predicted_mask(batch), batch["labels"][:, 1:], IGNORED)
+    """labels_BL: the next token of every position, IGNORED where it does not count."""
+    return F.pad(torch.where(predicted_mask(batch), batch["labels"][:, 1:], IGNORED), (0, 1), value=IGNORED)

@@ -518,4 +518,4 @@ def test_positions_that_do_not_count_are_never_float32() -> None:
     assert logits_BLC.grad is not None and int((logits_BLC.grad.abs().sum(-1) > 0).sum()) == 1
     del batch[language.PLACES]
     everywhere, weight, _ = task.loss(SimpleNamespace(logits=logits_BLC), batch)
-    assert len(everywhere) == 10 and float(weight.sum()) == 1 and everywhere.sum() == values.sum()
+    assert len(everywhere) == 12 and float(weight.sum()) == 1 and everywhere.sum() == values.sum()
