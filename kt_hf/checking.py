@@ -433,9 +433,9 @@ def check_seeds(stages: list[Stage], collect: Collector) -> None:
 
 
 def merges_seeds(stage: Stage, by_name: dict[str, Stage]) -> bool:
-    """Whether a Merge or Ensemble takes all seeds of one stage as its parents; with seeds of its own it takes one for
-    each."""
-    own = stage.given.get("seeds")
+    """Whether a Merge or Ensemble takes all seeds of one stage as its parents; a Merge with seeds of its own takes one
+    for each."""
+    own = stage.given.get("seeds") if isinstance(stage, Merge) else None
     if len(stage.models) != 1 or (isinstance(own, int) and own > 1):
         return False
     path = stage.models[0].path

@@ -484,13 +484,14 @@ class TaskVectors(MergeMethod):
     has a density for each model."""
 
     needs_base = True
-    as_stored = True
     order_matters = True
 
     def __init__(self, sparsify: str, elect: bool, given: Mapping[str, Any], each: Sequence[Mapping[str, Any]]):
         self.sparsify, self.elect, self.each = sparsify, elect, each
         self.weights_M = [float(e["weight"]) for e in each]
         self.densities_M = [float(e["density"]) if sparsify != "none" else 1.0 for e in each]
+        alike = len(set(self.densities_M)) == 1 and self.densities_M[0] > 0
+        self.as_stored = sparsify == "trim" and alike and not given["rescale"]  # type: ignore[misc]
         self.rescale, self.scaling = bool(given["rescale"]), float(given["lambda"])
         self.divide_by: task_vectors.Division = "weights" if given["normalize"] else "none"
         self.elementwise = not elect and all(d >= 1 for d in self.densities_M)  # type: ignore[misc]
@@ -511,9 +512,8 @@ class TaskVectors(MergeMethod):
 
     def tensor(self, name: str, tensors_M: list[torch.Tensor], base: torch.Tensor | None, stats: Any) -> torch.Tensor:
         assert base is not None
-        density = self.densities_M[0]
-        if self.sparsify == "trim" and set(self.densities_M) == {density} and density > 0 and not self.rescale:
-            density = min(density, 1.0)  # no task vector is ever whole
+        if self.as_stored:  # no task vector is ever whole
+            density = min(self.densities_M[0], 1.0)
             return task_vectors.ties(base, tensors_M, self.weights_M, density, self.scaling, self.divide_by)
         vectors_M = [self._sparse(name, i, tensor - base) for i, tensor in enumerate(tensors_M)]
         how: task_vectors.Combination = "ties" if self.elect else "linear"

@@ -41,6 +41,7 @@ class Dare(MergeMethod):
         check_fraction("dare.density", density)
         self.density, self.weights, self.scaling, self.seed = density, weights, scaling, seed
         self.combine, self.rescale = combine, rescale
+        self.as_stored = rescale != "l1"  # type: ignore[misc]  # which takes whole task vectors
 
     def check(self, num_parents: int) -> None:
         check_weights("dare", self.weights, num_parents)

@@ -47,6 +47,7 @@ class Della(MergeMethod):
             )
         self.density, self.epsilon, self.seed = density, epsilon, seed
         self.weights, self.scaling, self.combine, self.rescale = weights, scaling, combine, rescale
+        self.as_stored = rescale != "l1"  # type: ignore[misc]  # which takes whole task vectors
 
     def check(self, num_parents: int) -> None:
         check_weights("della", self.weights, num_parents)
