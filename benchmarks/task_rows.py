@@ -89,14 +89,14 @@ def cola(folder: Path, work: Path) -> Recipe:
 @row
 def mrpc(folder: Path, work: Path) -> Recipe:
     """pairs that say the same, 1,000 of them; pretrained MiniLM-L6"""
-    return texts(folder, "mrpc", {"text-classification": {"max_length": 80}})
+    return texts(folder, "mrpc", {"text-classification": {"max_length": 80}}, 40)
 
 
 @row
 def stsb(folder: Path, work: Path) -> Recipe:
     """similarity of pairs as a number, 1,000 of them; pretrained MiniLM-L6"""
     task = {"text-classification": {"max_length": 64, "label_kind": "number"}}
-    return texts(folder, "stsb", task, columns={"label": "score", "text": "sentence1", "text_pair": "sentence2"})
+    return texts(folder, "stsb", task, 40, columns={"label": "score", "text": "sentence1", "text_pair": "sentence2"})
 
 
 @row
@@ -118,19 +118,19 @@ def stsb_embeddings(folder: Path, work: Path) -> Recipe:
     )
     stages = pair(Model(config=minilm(), processor=minilm()), minilm(), 5e-5)
     untrained = Evaluate("untrained", model=minilm())
-    return recipe(data, [untrained, *stages], {"feature-extraction": {"max_length": 48}}, 60, 2e-4)
+    return recipe(data, [untrained, *stages], {"feature-extraction": {"max_length": 48}}, 40, 2e-4)
 
 
 @row
 def wnut17(folder: Path, work: Path) -> Recipe:
     """emerging entities in 1,000 posts; pretrained MiniLM-L6"""
-    return texts(folder, "wnut17", {"token-classification": {"max_length": 64}})
+    return texts(folder, "wnut17", {"token-classification": {"max_length": 64}}, 40)
 
 
 @row
 def crossner(folder: Path, work: Path) -> Recipe:
     """entities in 200 sentences on politics; pretrained MiniLM-L6"""
-    return texts(folder, "crossner", {"token-classification": {"max_length": 64}}, where={"domain": "politics"})
+    return texts(folder, "crossner", {"token-classification": {"max_length": 64}}, 40, where={"domain": "politics"})
 
 
 @row
