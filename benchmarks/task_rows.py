@@ -89,14 +89,14 @@ def cola(folder: Path, work: Path) -> Recipe:
 @row
 def mrpc(folder: Path, work: Path) -> Recipe:
     """pairs that say the same, 1,000 of them; pretrained MiniLM-L6"""
-    return texts(folder, "mrpc", {"text-classification": {"max_length": 80}}, 40)
+    return texts(folder, "mrpc", {"text-classification": {"max_length": 80}}, size=12)
 
 
 @row
 def stsb(folder: Path, work: Path) -> Recipe:
     """similarity of pairs as a number, 1,000 of them; pretrained MiniLM-L6"""
     task = {"text-classification": {"max_length": 64, "label_kind": "number"}}
-    return texts(folder, "stsb", task, 40, columns={"label": "score", "text": "sentence1", "text_pair": "sentence2"})
+    return texts(folder, "stsb", task, columns={"label": "score", "text": "sentence1", "text_pair": "sentence2"})
 
 
 @row
@@ -124,13 +124,13 @@ def stsb_embeddings(folder: Path, work: Path) -> Recipe:
 @row
 def wnut17(folder: Path, work: Path) -> Recipe:
     """emerging entities in 1,000 posts; pretrained MiniLM-L6"""
-    return texts(folder, "wnut17", {"token-classification": {"max_length": 64}}, 40)
+    return texts(folder, "wnut17", {"token-classification": {"max_length": 64}})
 
 
 @row
 def crossner(folder: Path, work: Path) -> Recipe:
     """entities in 200 sentences on politics; pretrained MiniLM-L6"""
-    return texts(folder, "crossner", {"token-classification": {"max_length": 64}}, 40, where={"domain": "politics"})
+    return texts(folder, "crossner", {"token-classification": {"max_length": 64}}, where={"domain": "politics"})
 
 
 @row

@@ -20,12 +20,15 @@ from pathlib import Path
 import kt_hf
 
 _THIS_PROCESS = uuid.uuid4().hex
+MANY_FILES = 500
+"""Of a package, more than are read and parsed."""
 
 
 def digest(names: Iterable[str]) -> str:
     """A hash of the code of these modules with all that they import.
 
-    Installed packages count by their version, but for those that the modules themselves are in. Code without a file (a
+    Installed packages count by their version, but for those that the modules themselves are in; packages of very many
+    files that lie elsewhere (a library's own checkout) by when their files were written. Code without a file (a
     notebook), or whose file was written after this process began, so that what runs may be older, gives a hash that no
     other process has.
     """
@@ -41,8 +44,10 @@ def digest(names: Iterable[str]) -> str:
         path = _file(name)
         if path is None:
             parts.append(f"{name} {_THIS_PROCESS if name in roots else ''}")
-        elif top not in own and {"site-packages", "dist-packages"} & set(path.parts):
+        elif top not in own and any(_installs(folder) for folder in path.parents):
             parts.append(f"{top} {_version(top)}")
+        elif top not in own and (written := _of_many_files(top)):
+            parts.append(f"{top} {written}")
         else:
             text, imported = _read(path, name)
             parts.append(f"{name} {text}")
@@ -66,6 +71,25 @@ def _file(name: str) -> Path | None:
             return None
         spec = PathFinder.find_spec(f"{spec.name}.{word}", list(spec.submodule_search_locations))
     return Path(spec.origin) if spec is not None and spec.origin and Path(spec.origin).is_file() else None
+
+
+@functools.cache
+def _installs(folder: Path) -> bool:
+    """Whether packages were installed into a folder, be it of an environment or one that was named to pip."""
+    return folder.name in ("site-packages", "dist-packages") or next(folder.glob("*.dist-info"), None) is not None
+
+
+@functools.cache
+def _of_many_files(top: str) -> str:
+    """When the files of a package were written, if it has too many to read one by one; empty for one that has few."""
+    path = _file(top)
+    if path is None or path.name != "__init__.py":
+        return ""
+    files = [(str(p), p.stat().st_mtime_ns, p.stat().st_size) for p in sorted(path.parent.rglob("*.py"))]
+    if len(files) <= MANY_FILES:
+        return ""
+    late = _THIS_PROCESS if max(written for _, written, _ in files) >= kt_hf.BEGAN * 1e9 else ""
+    return hashlib.sha256(repr(files).encode()).hexdigest() + late
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,8 @@ DROPOUT = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.1}
 
 
 def accelerator() -> Accelerator:
-    return Accelerator(cpu=True, kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "true") == "true"
+    return Accelerator(cpu=on_cpu, kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
 
 
 def image_info(train: int = 26, validation: int = 7, labels: list[str] | None = None, seed: int = 0) -> DataInfo:

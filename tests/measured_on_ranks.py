@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from kt_hf import evaluation, registry
 from kt_hf.bundle import Bundle
 from kt_hf.task import Loaded
-from kt_hf.testing.bench import Bench, cpu_accelerator
+from kt_hf.testing.bench import Bench, cpu_accelerator, on_cpu
 
 Found = tuple[dict[str, Any], dict[str, Any]]
 
@@ -50,7 +50,8 @@ def one_and_two(folder: Path, tasks: list[str]) -> dict[str, tuple[Found, Found]
     for task in tasks:
         for name in ("one", "two"):
             (folder / task / name).mkdir(parents=True)
-        measure(task, folder / task / "bench", folder / task / "one", 2)
+        with on_cpu():
+            measure(task, folder / task / "bench", folder / task / "one", 2)
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
     where = Path(__file__).parent

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 from torch.nn import functional as F
 
@@ -568,3 +570,23 @@ def test_findings_read_well():
     assert str(Finding("a-rule", False, "why")) == "BROKEN a-rule: why"
     error = testing.NotConforming("strategy 'x'", [Finding("a", True), Finding("b", False, "why")])
     assert error.broken == ["b"] and "breaks 1 of 2 rules" in str(error) and "b: why" in str(error)
+
+
+def test_it_is_tried_on_the_cpu_where_the_process_took_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    """Accelerate's state is one for a process, and refuses another device than it has."""
+    from accelerate.state import AcceleratorState, DistributedType, PartialState
+
+    from kt_hf.testing.bench import cpu_accelerator, on_cpu
+
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    for state in (PartialState, AcceleratorState):
+        known = {"device": torch.device("cuda", 0), "distributed_type": DistributedType.NO}
+        monkeypatch.setattr(state, "_shared_state", known)
+    AcceleratorState._shared_state["marked"] = True  # more than the other's: it was set up
+    with pytest.raises(ValueError, match="already been initialized"):
+        cpu_accelerator()
+    with on_cpu():
+        assert cpu_accelerator().device.type == "cpu"
+        assert Accelerator().device.type == "cpu"
+    assert PartialState._shared_state["device"].type == "cuda" == AcceleratorState._shared_state["device"].type
+    assert AcceleratorState._shared_state["marked"] and "ACCELERATE_USE_CPU" not in os.environ

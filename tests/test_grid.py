@@ -1,6 +1,7 @@
 """Every strategy, merge and ensemble on every task: what is tested, what is refused and why, what has no meaning.
 
 GRID=docs/grid pytest -m slow tests/test_grid.py   # also writes docs/grid.md and docs/grid.json
+ACCELERATE_USE_CPU=false GRID_TRAINING='{"bf16": true}' pytest -m slow tests/test_grid.py   # all of it on a GPU
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ OURS = "kt_hf_plugins."
 TASKS = sorted(n for (k, n), e in registry.entries().items() if k == "task" and e.target.startswith(OURS))
 COLUMNS = [c for c, (kind, name, _) in columns().items() if registry.entries()[kind, name].target.startswith(OURS)]
 DOCS = Path(__file__).parents[1] / "docs"
+TRAINING = json.loads(os.environ.get("GRID_TRAINING", "{}"))
 WRITTEN = json.loads((DOCS / "grid.json").read_text()) if (DOCS / "grid.json").exists() else {}
 FEW = [(TASKS[i % len(TASKS)], COLUMNS[i % len(COLUMNS)]) for i in range(max(len(TASKS), len(COLUMNS)))]
 """Every task and every column once."""
@@ -27,7 +29,7 @@ FEW = [(TASKS[i % len(TASKS)], COLUMNS[i % len(COLUMNS)]) for i in range(max(len
 
 @pytest.mark.parametrize(("task", "column"), FEW, ids=[f"{c}-{t}".replace(" ", "_") for t, c in FEW])
 def test_some_pairs(task: str, column: str, tmp_path: Path):
-    cell = Grid(task, tmp_path).cell(column)
+    cell = Grid(task, tmp_path, **TRAINING).cell(column)
     assert [cell.outcome, cell.why] == WRITTEN[task][column]
 
 
@@ -45,7 +47,7 @@ def found():
 @pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_whole_grid(task: str, tmp_path: Path, found: dict[str, dict[str, list[str]]]):
-    grid = Grid(task, tmp_path)
+    grid = Grid(task, tmp_path, **TRAINING)
     cells = {column: grid.cell(column) for column in COLUMNS}
     found[task] = {column: [cell.outcome, cell.why] for column, cell in cells.items()}
     assert all(grid.bench.task.metric in cell.metrics for cell in cells.values() if cell.outcome == "tested")

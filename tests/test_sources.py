@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -126,3 +127,41 @@ def test_a_file_that_was_written_after_this_process_began_counts_for_it_alone(pr
     assert sources.digest(["mine.task"]) == before
     monkeypatch.setattr(kt_hf, "BEGAN", 0.0)
     assert sources.digest(["mine.task"]) != before
+
+
+def test_libraries_are_not_read_wherever_they_were_installed(project, monkeypatch):
+    """pip can install into any folder, and a library can be a checkout: of thousands of files none is parsed."""
+    import kt_hf
+    from kt_hf import sources
+
+    monkeypatch.setattr(kt_hf, "BEGAN", time.time() + 1)
+    for name in ("bought", "cloned"):
+        package = project / name / name
+        package.mkdir(parents=True)
+        for file in ("__init__", "a", "b"):
+            (package / f"{file}.py").write_text(f"from {name} import a, b\n")
+        monkeypatch.syspath_prepend(str(project / name))
+    installed = project / "bought" / "bought-1.5.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: bought\nVersion: 1.5\n")
+    (project / "mine" / "task.py").write_text("import bought.a\nimport cloned.a\n")
+    monkeypatch.syspath_prepend(str(project))
+    monkeypatch.setattr(sources, "MANY_FILES", 2)
+    read, parsed = [], sources._parsed
+    monkeypatch.setattr(sources, "_parsed", lambda path, *facts: read.append(path.name) or parsed(path, *facts))
+
+    def found() -> str:
+        for cache in (sources._installs, sources._of_many_files, sources._version):
+            cache.cache_clear()
+        return sources.digest(["mine.task"])
+
+    first = found()
+    assert set(read) == {"task.py"}, "the task's own and nothing else"
+    assert found() == first
+    (project / "bought" / "bought" / "b.py").write_text("changed = True\n")
+    assert found() == first, "what was installed changes with its version"
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: bought\nVersion: 1.6\n")
+    second = found()
+    assert second != first
+    (project / "cloned" / "cloned" / "b.py").write_text("changed = True\n")
+    assert found() not in (first, second), "and a checkout when a file of it was written"

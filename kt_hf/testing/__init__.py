@@ -46,9 +46,11 @@ def examine(
 ) -> list[Finding]:
     """How a plugin stands to every rule of its kind; raises nothing for broken ones.
 
-    task: what a strategy is tried on; by default the first task that it does not refuse. thorough: also rules that
-    start further processes (about a minute). settings: of the plugin, in place of its defaults.
+    All is tried on the CPU. task: what a strategy is tried on; by default the first task that it does not refuse.
+    thorough: also rules that start further processes (about a minute). settings: of the plugin, in place of its
+    defaults.
     """
+    from kt_hf.testing.bench import on_cpu
     from kt_hf.testing.rules import judge
 
     if kind not in registry.KINDS:
@@ -56,7 +58,7 @@ def examine(
     rules(kind)
     cls = registry.load(kind, plugin) if isinstance(plugin, str) else plugin
     name = plugin if isinstance(plugin, str) else _name_of(kind, plugin)
-    with tempfile.TemporaryDirectory(prefix="kt-hf-check-") as folder:
+    with tempfile.TemporaryDirectory(prefix="kt-hf-check-") as folder, on_cpu():
         return judge(kind, _case(kind, name, cls, settings, Path(folder), task), thorough)
 
 

@@ -6,6 +6,7 @@ Everything is drawn with fixed seeds, so that another process can set up the sam
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import datasets
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs
 from PIL import Image
 
@@ -100,6 +102,26 @@ def _rows(roles: list[Any], n: int, random: np.random.Generator) -> datasets.Dat
             texts = [" ".join([LABELS[c], *random.choice(WORDS, random.integers(3, 7))]) for c in classes_N]
             columns[role.name], kinds[role.name] = texts, datasets.Value("string")
     return datasets.Dataset.from_dict(columns, features=datasets.Features(kinds))
+
+
+@contextmanager
+def on_cpu() -> Iterator[None]:
+    """All within is done on the CPU, also in a process whose Accelerator took a GPU, which has it again afterwards."""
+    shared = [PartialState._shared_state, AcceleratorState._shared_state]
+    before, flag = [dict(state) for state in shared], os.environ.get("ACCELERATE_USE_CPU")
+    if before[0] and before[0]["device"].type != "cpu":
+        for state in shared:
+            state.clear()
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    try:
+        yield
+    finally:
+        os.environ.pop("ACCELERATE_USE_CPU")
+        if flag is not None:
+            os.environ["ACCELERATE_USE_CPU"] = flag
+        for state, was in zip(shared, before, strict=True):
+            state.clear()
+            state.update(was)
 
 
 def cpu_accelerator() -> Accelerator:

@@ -39,10 +39,13 @@ class Cell:
 
 
 class Grid:
-    """One row of the grid: a task with its tiny data, and two models that were trained on them."""
+    """One row of the grid: a task with its tiny data, and two models that were trained on them.
 
-    def __init__(self, task: str, folder: Path):
-        self.task, self.folder = task, Path(folder)
+    training: settings beside the grid's own.
+    """
+
+    def __init__(self, task: str, folder: Path, **training: Any):
+        self.task, self.folder, self.training = task, Path(folder), {**TRAINING, **training}
         self.bench = Bench(task, self.folder / "bench")
 
     @functools.cached_property
@@ -79,7 +82,7 @@ class Grid:
         from kt_hf import run
 
         given = type(self.bench.task).conformance.get("settings", {})
-        recipe = Recipe(stages, task={self.task: given}, data=self.data, training=TRAINING)
+        recipe = Recipe(stages, task={self.task: given}, data=self.data, training=self.training)
         return run(recipe, self.folder / name)["stages"][-1]
 
     def stage(self, column: str) -> Any:
