@@ -58,15 +58,15 @@ def _figures(entry: dict[str, Any]) -> dict[str, Any]:
 def page(rows: list[dict[str, Any]]) -> str:
     """The figures as a page for docs/."""
     first = rows[0] if rows else {}
+    longest = max((stage["seconds"] or 0 for row in rows for stage in row["stages"].values()), default=0)
     lines = [
         "# What transfer gave on real data",
         "",
         "Written by `python benchmarks/tasks.py`; the recipes are in benchmarks/task_rows.py. Small models and few",
-        f"rows, meant for trainings of about {MOST_SECONDS} seconds on one core; the seconds are those of the run, and",
-        "other work beside it made some of them several times longer. Three seeds of each, 95 % intervals over",
-        "test examples and seeds. Not to be compared with published figures: what is compared is the two models",
-        "of a row, which share architecture, target rows and steps. Results that are useless or negative",
-        "stay in.",
+        f"rows, for trainings of at most {MOST_SECONDS} seconds on one core (the longest took {longest:.0f}). Three",
+        "seeds of each, 95 % intervals over test examples and seeds. Not to be compared with published figures: what",
+        "is compared is the two models of a row, which share architecture, target rows and steps. Results that",
+        "are useless or negative stay in.",
         "",
         f"torch {first.get('torch')}, transformers {first.get('transformers')}, {first.get('processor', 'a CPU')}.",
         "",

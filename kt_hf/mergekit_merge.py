@@ -9,21 +9,24 @@ Shapes: M models.
 
 from __future__ import annotations
 
+import copy
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from kt_hf import kinship, layerwise, merging, registry
 from kt_hf.blocks import Block, blocks, depths
 from kt_hf.errors import Collector, RecipeError
 from kt_hf.functional import task_vectors
-from kt_hf.functional.magnitude import keep_largest, num_kept
+from kt_hf.functional.magnitude import Keep, KeepBetween, num_kept
 from kt_hf.kinship import Kinship
 from kt_hf.merge import MergeMethod
 from kt_hf.merge_command import Origin, card, check_words, find, refuse_existing, refuse_other_meanings
@@ -484,14 +487,13 @@ class TaskVectors(MergeMethod):
     has a density for each model."""
 
     needs_base = True
+    as_stored = True
     order_matters = True
 
     def __init__(self, sparsify: str, elect: bool, given: Mapping[str, Any], each: Sequence[Mapping[str, Any]]):
         self.sparsify, self.elect, self.each = sparsify, elect, each
         self.weights_M = [float(e["weight"]) for e in each]
         self.densities_M = [float(e["density"]) if sparsify != "none" else 1.0 for e in each]
-        alike = len(set(self.densities_M)) == 1 and self.densities_M[0] > 0
-        self.as_stored = sparsify == "trim" and alike and not given["rescale"]  # type: ignore[misc]
         self.rescale, self.scaling = bool(given["rescale"]), float(given["lambda"])
         self.divide_by: task_vectors.Division = "weights" if given["normalize"] else "none"
         self.elementwise = not elect and all(d >= 1 for d in self.densities_M)  # type: ignore[misc]
@@ -512,39 +514,44 @@ class TaskVectors(MergeMethod):
 
     def tensor(self, name: str, tensors_M: list[torch.Tensor], base: torch.Tensor | None, stats: Any) -> torch.Tensor:
         assert base is not None
-        if self.as_stored:  # no task vector is ever whole
-            density = min(self.densities_M[0], 1.0)
-            return task_vectors.ties(base, tensors_M, self.weights_M, density, self.scaling, self.divide_by)
-        vectors_M = [self._sparse(name, i, tensor - base) for i, tensor in enumerate(tensors_M)]
+        unit = task_vectors.row_length(base) if self.sparsify == "della" else 1
+        sparse_M = []
+        for i, tensor in enumerate(tensors_M):
+            make = self._sparse(name, i, tensor, base)
+            dropped = self.rescale and 0 < self.densities_M[i] < 1
+            sparse_M.append(task_vectors.keeping_l1(make, tensor, base, unit) if dropped else make())
         how: task_vectors.Combination = "ties" if self.elect else "linear"
-        return task_vectors.combined(base, vectors_M, self.weights_M, self.scaling, how, self.divide_by)
+        return task_vectors.by_parts(base, tensors_M, sparse_M, self.weights_M, self.scaling, how, self.divide_by, unit)
 
-    def _sparse(self, name: str, i: int, vector: torch.Tensor) -> torch.Tensor:
-        density, count = self.densities_M[i], vector.numel()
+    def _sparse(self, name: str, i: int, tensor: torch.Tensor, base: torch.Tensor) -> Callable[[], task_vectors.Sparse]:
+        """What makes a model's task vector sparse, again and again the same."""
+        density, count = self.densities_M[i], tensor.numel()
         if density >= 1 or not count:
-            return vector
+            return lambda: task_vectors.all_of_it
         if density <= 0:
-            return torch.zeros_like(vector)
-        how: task_vectors.Rescaling = "l1" if self.rescale else "none"
-        generator = torch.Generator().manual_seed(number(self.sparsify, 0, name, i))
-        if self.sparsify == "dare":
-            return task_vectors.drop(vector, density, generator, how)
-        if self.sparsify == "della":  # our epsilon is from the least to the most likely, mergekit's is half of that
-            return task_vectors.drop_by_rank(vector, density, 2 * self.each[i]["epsilon"], generator, how)
+            return lambda: torch.zeros_like
         if self.sparsify == "trim":
-            kept = keep_largest(vector, num_kept(density, count))
-        else:
-            kept = _breadcrumbs(vector, density, self.each[i]["gamma"])
-        return task_vectors.same_l1(kept, vector) if self.rescale else kept
+            return partial(copy.copy, Keep(tensor, num_kept(density, count), base))
+        if self.sparsify == "breadcrumbs":
+            return _breadcrumbs(tensor, base, density, self.each[i]["gamma"])
+
+        def make() -> task_vectors.Sparse:
+            source = np.random.SFC64(number(self.sparsify, 0, name, i))
+            if self.sparsify == "dare":
+                return partial(task_vectors.drop, density=density, source=source, rescale=False)
+            epsilon = 2 * self.each[i]["epsilon"]  # from the least to the most likely; mergekit's is half of that
+            return task_vectors.dropping_by_rank(base, density, epsilon, source, rescale=False)
+
+        return make
 
 
-def _breadcrumbs(vector: torch.Tensor, density: float, gamma: float) -> torch.Tensor:
+def _breadcrumbs(
+    tensor: torch.Tensor, base: torch.Tensor, density: float, gamma: float
+) -> Callable[[], task_vectors.Sparse]:
     """As many as mergekit keeps: it rounds down, to none at all too, and leaves fewer outliers out before it keeps less
     than the density."""
-    count = vector.numel()
+    count = tensor.numel()
     kept = int(density * count)
-    outliers = min(int(gamma * count), count - kept)
     if not kept:
-        return torch.zeros_like(vector)
-    half = 0.5 / count  # what is rounded down is then what was meant
-    return task_vectors.breadcrumbs(vector, kept / count + half, outliers / count + half)
+        return lambda: torch.zeros_like
+    return partial(copy.deepcopy, KeepBetween(tensor, min(int(gamma * count), count - kept), kept, base))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from kt_hf import MergeMethod
@@ -41,7 +42,6 @@ class Dare(MergeMethod):
         check_fraction("dare.density", density)
         self.density, self.weights, self.scaling, self.seed = density, weights, scaling, seed
         self.combine, self.rescale = combine, rescale
-        self.as_stored = rescale != "l1"  # type: ignore[misc]  # which takes whole task vectors
 
     def check(self, num_parents: int) -> None:
         check_weights("dare", self.weights, num_parents)
@@ -49,17 +49,13 @@ class Dare(MergeMethod):
     def tensor(self, name: str, tensors_M: list[torch.Tensor], base: torch.Tensor | None, stats: Any) -> torch.Tensor:
         assert base is not None
         weights_M = self.weights or [1.0] * len(tensors_M)
-        numbers_M = [number("dare", self.seed, name, i) for i in range(len(tensors_M))]
-        drops_M = [
-            partial(
-                task_vectors.drop,
-                density=self.density,
-                generator=torch.Generator().manual_seed(n),
-                rescale=self.rescale,
-            )
-            for n in numbers_M
-        ]
-        if self.rescale != "l1":
-            return task_vectors.by_parts(base, tensors_M, drops_M, weights_M, self.scaling, self.combine)
-        vectors_M = [drop(tensor - base) for drop, tensor in zip(drops_M, tensors_M, strict=True)]
-        return task_vectors.combined(base, vectors_M, weights_M, self.scaling, self.combine)
+        makes_M = [partial(self._drop, number("dare", self.seed, name, i)) for i in range(len(tensors_M))]
+        if self.rescale == "l1":
+            sparse_M = [task_vectors.keeping_l1(make, t, base) for make, t in zip(makes_M, tensors_M, strict=True)]
+        else:
+            sparse_M = [make() for make in makes_M]
+        return task_vectors.by_parts(base, tensors_M, sparse_M, weights_M, self.scaling, self.combine)
+
+    def _drop(self, seed: int) -> task_vectors.Sparse:
+        source, rescale = np.random.SFC64(seed), self.rescale == "density"
+        return partial(task_vectors.drop, density=self.density, source=source, rescale=rescale)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from kt_hf import MergeMethod
@@ -47,7 +49,6 @@ class Della(MergeMethod):
             )
         self.density, self.epsilon, self.seed = density, epsilon, seed
         self.weights, self.scaling, self.combine, self.rescale = weights, scaling, combine, rescale
-        self.as_stored = rescale != "l1"  # type: ignore[misc]  # which takes whole task vectors
 
     def check(self, num_parents: int) -> None:
         check_weights("della", self.weights, num_parents)
@@ -55,15 +56,15 @@ class Della(MergeMethod):
     def tensor(self, name: str, tensors_M: list[torch.Tensor], base: torch.Tensor | None, stats: Any) -> torch.Tensor:
         assert base is not None
         weights_M = self.weights or [1.0] * len(tensors_M)
-        numbers_M = [number("della", self.seed, name, i) for i in range(len(tensors_M))]
-        generators_M = [torch.Generator().manual_seed(n) for n in numbers_M]
-        how = self.density, self.epsilon
-        if self.rescale != "l1":
-            return task_vectors.dropped_by_rank(
-                base, tensors_M, weights_M, *how, generators_M, self.rescale, self.scaling, self.combine
-            )
-        vectors_M = [
-            task_vectors.drop_by_rank(tensor - base, *how, generator, "l1")
-            for tensor, generator in zip(tensors_M, generators_M, strict=True)
-        ]
-        return task_vectors.combined(base, vectors_M, weights_M, self.scaling, self.combine)
+        count = task_vectors.row_length(base)
+        makes_M = [partial(self._drop, number("della", self.seed, name, i), base) for i in range(len(tensors_M))]
+        if self.rescale == "l1":
+            pairs = zip(makes_M, tensors_M, strict=True)
+            sparse_M = [task_vectors.keeping_l1(make, tensor, base, count) for make, tensor in pairs]
+        else:
+            sparse_M = [make() for make in makes_M]
+        return task_vectors.by_parts(base, tensors_M, sparse_M, weights_M, self.scaling, self.combine, unit=count)
+
+    def _drop(self, seed: int, base: torch.Tensor) -> task_vectors.Sparse:
+        source, rescale = np.random.SFC64(seed), self.rescale == "density"
+        return task_vectors.dropping_by_rank(base, self.density, self.epsilon, source, rescale)

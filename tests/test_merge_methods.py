@@ -11,6 +11,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,23 +140,41 @@ def test_dare_is_that_of_peft_with_the_same_draws(combine, monkeypatch):
     _, tensors_M = models(3, 40, 30)
     weights, draws = [1.0, 1.0, 1.0], [normal(9 + i, 40, 30) < 0.4 for i in range(3)]
     mine, theirs = iter(draws), iter(draws)
-    monkeypatch.setattr(torch, "rand", lambda *a, **k: torch.where(next(mine), 0.0, 1.0).flatten())
+    given = lambda shape, source: torch.where(next(mine), 0.0, 1.0).view(*shape)  # noqa: E731
+    monkeypatch.setattr(task_vectors, "draws", given)
     monkeypatch.setattr(torch, "bernoulli", lambda *a, **k: next(theirs).float())
     expected = getattr(merge_utils, f"dare_{combine}")(tensors_M, torch.tensor(weights), 0.6)
     found = merged("dare", tensors_M, torch.zeros(40, 30), density=0.6, combine=combine)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_draws_are_uniform_and_go_on():
+    draws = task_vectors.draws((1000, 101), np.random.SFC64(3))
+    counts = torch.histc(draws, 100, 0, 1)
+    assert draws.min() >= 0 and draws.max() <= 1 and counts.sum() == 101_000
+    assert ((counts - 1010) ** 2 / 1010).sum() < 150, "chi-square with 99 degrees of freedom: 99.9 % are below 148"
+    neighbours = torch.corrcoef(torch.stack([draws.flatten()[:-1], draws.flatten()[1:]]))[0, 1]
+    assert abs(neighbours) < 0.01
+    source = np.random.SFC64(3)
+    assert torch.equal(task_vectors.draws((1000, 101), source), draws)
+    assert not torch.equal(task_vectors.draws((1000, 101), source), draws), "the next ones are others"
+
+
 def test_dare_drops_by_its_density_and_keeps_the_mean():
     vector = normal(1, 400, 400).abs()
-    generator = torch.Generator().manual_seed(0)
+    generator = np.random.SFC64(0)
     found = task_vectors.drop(vector, 0.3, generator)
     assert (found != 0).float().mean().item() == pytest.approx(0.3, abs=0.01)
     torch.testing.assert_close(found[found != 0], vector[found != 0] / 0.3)
     assert found.mean().item() == pytest.approx(vector.mean().item(), rel=0.02)
-    l1 = task_vectors.drop(vector, 0.3, generator, "l1")
+
+    def plainly() -> task_vectors.Sparse:
+        return partial(task_vectors.drop, density=0.3, source=np.random.SFC64(1), rescale=False)
+
+    l1 = task_vectors.keeping_l1(plainly, vector, torch.zeros_like(vector))(vector)
+    torch.testing.assert_close(l1 != 0, plainly()(vector) != 0)
     assert l1.abs().sum().item() == pytest.approx(vector.abs().sum().item(), rel=1e-5)
-    plain = task_vectors.drop(vector, 0.3, generator, "none")
+    plain = task_vectors.drop(vector, 0.3, generator, rescale=False)
     assert set((plain[plain != 0] / vector[plain != 0]).tolist()) == {1.0}
 
 
@@ -188,7 +207,7 @@ def test_draws_depend_on_seed_name_and_place_alone(name):
 def test_della_by_its_equation():
     """Each rank of a row is kept as often as its likelihood says, and rescaled by that."""
     vector = normal(3, 4000, 5)
-    generator = torch.Generator().manual_seed(0)
+    generator = np.random.SFC64(0)
     found = task_vectors.drop_by_rank(vector, 0.5, 0.4, generator)
     ranks = (-vector.abs()).argsort(1).argsort(1)
     for rank, likelihood in enumerate(0.7 - 0.4 * (np.arange(5) + 0.5) / 5):
@@ -202,7 +221,7 @@ def test_della_by_its_equation():
 def test_della_ranks_a_column_and_a_vector_as_one_row():
     for shape in ((500, 1), (500,), (500, 1, 1)):
         vector = torch.arange(1.0, 501.0).reshape(shape)
-        kept = [task_vectors.drop_by_rank(vector, 0.5, 0.9, torch.Generator().manual_seed(s)) != 0 for s in range(20)]
+        kept = [task_vectors.drop_by_rank(vector, 0.5, 0.9, np.random.SFC64(s)) != 0 for s in range(20)]
         share = torch.stack(kept).float().mean(0).flatten()
         assert share[-100:].mean() > 0.75 > 0.25 > share[:100].mean()
 

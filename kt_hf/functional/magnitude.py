@@ -140,8 +140,9 @@ def num_kept(density: float, numel: int) -> int:
     return max(int(density * numel), 1) if density > 0 and numel else 0
 
 
-def ranks_of_rows(values_RN: torch.Tensor) -> torch.Tensor:
-    """Within each row the ranks of the magnitudes in float32, from 1/2 for the largest to N - 1/2. Shape RN.
+def ranks_of_rows(values_RN: torch.Tensor, scale: float = 1.0, offset: float = 0.0) -> torch.Tensor:
+    """Within each row the ranks of the magnitudes in float32, from 1/2 for the largest to N - 1/2, times `scale` plus
+    `offset`. Shape RN.
 
     Exact in rows of less than 1,024 elements; of equal ones the first comes first. In longer rows by counting: those
     whose magnitudes share the exponent and 5 bits of the mantissa (they differ by less than one part in 32), and those
@@ -150,16 +151,15 @@ def ranks_of_rows(values_RN: torch.Tensor) -> torch.Tensor:
     count = values_RN.shape[1]
     bits_RN = values_RN.float().contiguous().view(torch.int32) & 0x7FFFFFFF
     if count < COUNTED:
-        ranks_N = torch.arange(count) + 0.5
+        ranks_N = (torch.arange(count) + 0.5).mul_(scale).add_(offset)
         return torch.empty(values_RN.shape).scatter_(1, _order_of_rows(bits_RN), ranks_N.expand(values_RN.shape))
     bins_RN = bits_RN >> 18
     lowest_R1 = bins_RN.amax(1, keepdim=True) - (BINS - 1)
     starts_R1 = torch.arange(0, len(values_RN) * BINS, BINS, dtype=torch.int32)[:, None]
     places_RN = (bins_RN - lowest_R1).clamp_(min=0).add_(starts_R1)
-    counts_RT = torch.bincount(places_RN.view(-1), minlength=len(values_RN) * BINS).view(-1, BINS)
-    means_RT = counts_RT.flip(1).cumsum(1).flip(1) - counts_RT / 2
-    ranks_RN = np.take(means_RT.float().numpy(), places_RN.numpy())  # over both dimensions as one
-    return torch.from_numpy(ranks_RN)
+    counts_RT = torch.bincount(places_RN.view(-1), minlength=len(values_RN) * BINS).view(-1, BINS).float()
+    means_RT = counts_RT.div(2).sub_(counts_RT.cumsum(1)).add_(count).mul_(scale).add_(offset)
+    return means_RT.view(-1).index_select(0, places_RN.view(-1)).view(values_RN.shape)
 
 
 COUNTED, BINS = 1024, 512

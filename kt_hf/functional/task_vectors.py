@@ -1,22 +1,23 @@
 """Merges of task vectors, tau_m = theta_m - theta_0, as pure functions of one tensor. Shapes: M models, C elements of a
 part, R rows of N elements.
 
-What is random comes from a generator that is given. All trim or drop within a tensor; density is the fraction kept.
+What is random comes from a source of bits that is given (numpy's SFC64 is the fastest, many times faster than torch's
+generator). All trim or drop within a tensor; density is the fraction kept.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Literal
 
+import numpy as np
 import torch
 
 from .magnitude import PART, Keep, KeepBetween, num_kept, ranks_of_rows
 
 Combination = Literal["linear", "ties"]
 Division = Literal["count", "weights", "none"]
-Rescaling = Literal["density", "l1", "none"]
 Sparse = Callable[[torch.Tensor], torch.Tensor]
 """A part of a task vector -> what is left of it; called with the parts in their order."""
 TINY = 1e-9
@@ -55,29 +56,31 @@ def elected_mean(
     Source: Yadav et al. 2023, TIES-Merging, steps 2 and 3 (elect, disjoint merge) (arXiv:2306.01708).
     """
     merged = torch.empty_like(vectors_M[0], memory_format=torch.contiguous_format)
-    parts_M = [vector.reshape(-1).split(PART) for vector in vectors_M]
-    for out_C, *parts in zip(merged.view(-1).split(PART), *parts_M, strict=True):
-        out_C.copy_(_elected_mean(torch.stack(parts), weights_M, divide_by))
+    part = PART // len(vectors_M)
+    parts_M = [vector.reshape(-1).split(part) for vector in vectors_M]
+    for out_C, *parts in zip(merged.view(-1).split(part), *parts_M, strict=True):
+        out_C.copy_(_elected_mean([given.clone() for given in parts], weights_M, divide_by))
     return merged
 
 
-def _elected_mean(values_MC: torch.Tensor, weights_M: Sequence[float], divide_by: str) -> torch.Tensor:
-    """`elected_mean` of parts. Writes into `values_MC`."""
-    plain = all(weight == 1 for weight in weights_M)
-    weights_M1 = torch.tensor(weights_M, dtype=values_MC.dtype)[:, None]
-    if not plain:
-        values_MC.mul_(weights_M1)
-    signs_MC = values_MC.sign()
-    if divide_by == "weights" and not plain:
-        signs_MC.mul_(weights_M1.abs())
-    sum_C = values_MC.sum(0, dtype=torch.float64)
-    elected_C = sum_C.sign().add_(0.5).sign_().to(values_MC.dtype)
-    # twice what agrees: all, and once more with the elected sign; what disagrees cancels out
-    agreeing_C = values_MC.abs_().sum(0).mul_(elected_C).add_(sum_C.to(values_MC.dtype))
-    if divide_by == "none":
-        return agreeing_C.div_(2)
-    shares_C = signs_MC.sum(0).mul_(elected_C).add_(signs_MC.abs_().sum(0))
-    return agreeing_C.div_(shares_C.clamp_(min=TINY))
+def _elected_mean(parts_M: Sequence[torch.Tensor], weights_M: Sequence[float], divide_by: str) -> torch.Tensor:
+    """`elected_mean` of parts. Writes into them. Truth values are kept as numbers of the same type: to multiply by
+    others takes five times as long."""
+    for part_C, weight in zip(parts_M, weights_M, strict=True):
+        if weight != 1:
+            part_C.mul_(weight)
+    sum_C = parts_M[0].to(torch.float64, copy=True)
+    for part_C in parts_M[1:]:
+        sum_C.add_(part_C.double())
+    elected_C = sum_C.to(parts_M[0].dtype).ge_(0).mul_(2).sub_(1)
+    merged_C, shares_C, agrees_C = (torch.zeros_like(elected_C) for _ in range(3))
+    for part_C, weight in zip(parts_M, weights_M, strict=True):
+        merged_C.add_(part_C.mul_(elected_C).relu_())
+        if divide_by != "none":
+            torch.gt(part_C, 0, out=agrees_C)
+            shares_C.add_(agrees_C, alpha=abs(weight) if divide_by == "weights" else 1.0)
+    merged_C.mul_(elected_C)
+    return merged_C if divide_by == "none" else merged_C.div_(shares_C.clamp_(min=TINY))
 
 
 def ties(
@@ -114,13 +117,13 @@ def by_parts(
 
     unit: elements that are not to be parted.
     """
-    part = max(PART // len(tensors_M) // unit, 1) * unit  # larger blocks of memory would be fetched anew each time
+    part = max(PART // unit, 1) * unit
     merged = torch.empty_like(base, memory_format=torch.contiguous_format)
     parts_M = [tensor.reshape(-1).split(part) for tensor in tensors_M]
     for out_C, base_C, *parts in zip(merged.view(-1).split(part), base.reshape(-1).split(part), *parts_M, strict=True):
         vectors_M = [sparse(given.to(base_C.dtype) - base_C) for sparse, given in zip(sparse_M, parts, strict=True)]
         if combine == "ties":
-            mean_C = _elected_mean(torch.stack(vectors_M), weights_M, divide_by)
+            mean_C = _elected_mean(vectors_M, weights_M, divide_by)
             torch.add(base_C, mean_C, alpha=scaling, out=out_C)
             continue
         out_C.copy_(base_C)
@@ -143,29 +146,31 @@ def combined(
     return torch.add(base, elected_mean(vectors_M, weights_M, divide_by), alpha=scaling)
 
 
-def drop(
-    vector: torch.Tensor, density: float, generator: torch.Generator, rescale: Rescaling = "density"
-) -> torch.Tensor:
+def draws(shape: Sequence[int], source: np.random.BitGenerator) -> torch.Tensor:
+    """Uniform from 0 to 1, of 32 bits each before they are rounded to float32."""
+    count = math.prod(shape)
+    bits = source.random_raw((count + 1) // 2).view(np.int32)[:count]
+    return torch.from_numpy(bits).float().mul_(2.0**-32).add_(0.5).view(*shape)
+
+
+def drop(vector: torch.Tensor, density: float, source: np.random.BitGenerator, rescale: bool = True) -> torch.Tensor:
     """m * tau / density with m ~ Bernoulli(density): dropped at random, and rescaled so that its mean stays.
 
-    rescale: `density` is the paper's; `l1` keeps the sum of magnitudes instead, as mergekit's `rescale` does; or
-    `none`.
+    rescale: whether to divide by the density.
     Source: Yu et al. 2024, Language Models are Super Mario, with the drop rate p = 1 - density (arXiv:2311.03099).
     """
     if density >= 1:
         return vector.clone()
-    kept = vector * (torch.rand(vector.shape, generator=generator) < density)
-    if rescale == "density":
-        return kept.div_(density)
-    return same_l1(kept, vector) if rescale == "l1" else kept
+    kept = vector * draws(vector.shape, source).lt_(density)
+    return kept.div_(density) if rescale else kept
 
 
 def drop_by_rank(
     vector: torch.Tensor,
     density: float,
     epsilon: float,
-    generator: torch.Generator,
-    rescale: Rescaling = "density",
+    source: np.random.BitGenerator,
+    rescale: bool = True,
 ) -> torch.Tensor:
     """m_i tau_i / (1 - p_i) with m_i ~ Bernoulli(1 - p_i), where p_i grows from p - epsilon / 2 for the largest
     magnitude of a row to p + epsilon / 2 for its smallest, linearly in the rank; p = 1 - density.
@@ -181,45 +186,41 @@ def drop_by_rank(
     rows_RN = vector.reshape(-1, count)
     kept_RN, block = torch.empty_like(rows_RN), max(PART // count, 1)
     for some_RN, out_RN in zip(rows_RN.split(block), kept_RN.split(block), strict=True):
-        keep_RN = ranks_of_rows(some_RN).mul_(-epsilon / count).add_(density + epsilon / 2)
-        torch.mul(some_RN, torch.rand(some_RN.shape, generator=generator) < keep_RN, out=out_RN)
-        if rescale == "density":
+        keep_RN = ranks_of_rows(some_RN, -epsilon / count, density + epsilon / 2)
+        torch.mul(some_RN, draws(some_RN.shape, source).lt_(keep_RN), out=out_RN)
+        if rescale:
             out_RN.div_(keep_RN)
-    kept = kept_RN.reshape(vector.shape)
-    return same_l1(kept, vector) if rescale == "l1" else kept
+    return kept_RN.reshape(vector.shape)
 
 
 def row_length(tensor: torch.Tensor) -> int:
-    """Elements that lead to one unit; all of a vector, and of a matrix with one column."""
+    """Elements that lead to one unit; all of a vector, and of a matrix with one column. At least 1."""
     alone = tensor.dim() < 2 or tensor.numel() == len(tensor)
-    return tensor.numel() if alone else tensor.numel() // len(tensor)
+    return max(tensor.numel() if alone else tensor.numel() // len(tensor), 1)
 
 
-def dropped_by_rank(
-    base: torch.Tensor,
-    tensors_M: Sequence[torch.Tensor],
-    weights_M: Sequence[float],
-    density: float,
-    epsilon: float,
-    generators_M: Sequence[torch.Generator],
-    rescale: Literal["density", "none"] = "density",
-    scaling: float = 1.0,
-    combine: Combination = "ties",
-) -> torch.Tensor:
-    """`combined` of task vectors after `drop_by_rank`, some rows at a time."""
-    count = max(row_length(base), 1)
-
-    def rows(vector_C: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        return drop_by_rank(vector_C.view(-1, count), density, epsilon, generator, rescale).view(-1)
-
-    sparse_M = [partial(rows, generator=generator) for generator in generators_M]
-    return by_parts(base, tensors_M, sparse_M, weights_M, scaling, combine, unit=count)
+def dropping_by_rank(
+    base: torch.Tensor, density: float, epsilon: float, source: np.random.BitGenerator, rescale: bool = True
+) -> Sparse:
+    """`drop_by_rank` for parts that have whole rows of what is like `base`."""
+    count = row_length(base)
+    return lambda part_C: drop_by_rank(part_C.view(-1, count), density, epsilon, source, rescale).view(-1)
 
 
-def same_l1(kept: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
-    """`kept`, scaled to the sum of magnitudes of `vector`; as it is where nothing was kept."""
-    left = kept.abs().sum(dtype=torch.float64)
-    return kept * float(vector.abs().sum(dtype=torch.float64) / left) if left > 0 else kept
+def keeping_l1(make: Callable[[], Sparse], tensor: torch.Tensor, base: torch.Tensor, unit: int = 1) -> Sparse:
+    """What `make` gives, scaled so that the sum of magnitudes stays; as it is where nothing is left. A first pass over
+    the task vector finds the sums, so `make` is called twice, and must give the same both times.
+
+    unit: as in `by_parts`. What mergekit's `rescale` does.
+    """
+    sparse, left, whole = make(), 0.0, 0.0
+    part = max(PART // unit, 1) * unit
+    for given, base_C in zip(tensor.reshape(-1).split(part), base.reshape(-1).split(part), strict=True):
+        vector_C = given.to(base_C.dtype) - base_C
+        whole += float(vector_C.abs().sum(dtype=torch.float64))
+        left += float(sparse(vector_C).abs().sum(dtype=torch.float64))
+    again, factor = make(), whole / left if left > 0 else 1.0
+    return lambda part_C: again(part_C) * factor
 
 
 def breadcrumbs(vector: torch.Tensor, density: float, outliers: float) -> torch.Tensor:
@@ -262,10 +263,11 @@ def model_stock(base: torch.Tensor, tensors_M: Sequence[torch.Tensor]) -> tuple[
     cosines_MM = torch.where(scale_MM > 0, gram_MM / scale_MM.clamp(min=1e-300), 0.0).clamp(-1, 1)
     cosine = max(float(cosines_MM.sum() - cosines_MM.trace()) / (count * (count - 1)), 0.0)
     ratio = count * cosine / (1 + (count - 1) * cosine)
-    return by_parts(base, tensors_M, [_all_of_it] * count, [ratio / count] * count), ratio
+    return by_parts(base, tensors_M, [all_of_it] * count, [ratio / count] * count), ratio
 
 
-def _all_of_it(part_C: torch.Tensor) -> torch.Tensor:
+def all_of_it(part_C: torch.Tensor) -> torch.Tensor:
+    """Drops nothing: a `Sparse`."""
     return part_C
 
 
