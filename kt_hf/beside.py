@@ -6,7 +6,7 @@ Which parent is the best is decided on validation data; the report compares on t
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,22 +76,29 @@ class Beside:
 
 
 def measure(
-    context: Context, stage: Merge, merged: Loaded, names: Sequence[str], models: Sequence[Model], folder: Path
+    context: Context,
+    stage: Merge,
+    merged: Loaded,
+    names: Sequence[str],
+    models: Sequence[Model],
+    folder: Path,
+    known: Mapping[int, float],
 ) -> Beside:
     """Measure the parents one after another, and their output ensemble; their predictions are kept in `folder` for the
-    report. Nothing is chosen on the evaluation split."""
+    report. Nothing is chosen on the evaluation split. known: scores on validation data, by the parent's place."""
     task, info = context.task(stage), context.info(stage)
     if stage.head is not None:
         names, models = _answering(context, stage, merged, names, models)
+        known = {}  # places are others
     found = Beside(names, task.metric, task.greater_is_better)
     validates = "validation" in info.splits
     if validates:
         found.merged = _value(context, stage, merged, "validation")
     predictions: list[dict[str, np.ndarray]] = []
-    for name, model in zip(names, models, strict=True):
+    for i, (name, model) in enumerate(zip(names, models, strict=True)):
         loaded = task.load(model, info)
         if validates:
-            found.scores.append(_value(context, stage, loaded, "validation"))
+            found.scores.append(known[i] if i in known else _value(context, stage, loaded, "validation"))
         predictions.append(_predict(context, stage, loaded, info.evaluation_split))
         found.figures[name] = task.measure(predictions[-1], loaded, info).metrics[task.metric]
         del loaded

@@ -287,7 +287,7 @@ def refuse_lacking_data(where: str, name: str, method: MergeMethod, asked: Seque
                 f"{where}: {name} asks its parents on {word} data, and there are none",
                 f"give data with a {word} split",
             )
-        if method.needs_loss:
+        if method.takes_loss(task):
             refuse_lacking_loss(where, name, task, info, split)
 
 

@@ -393,7 +393,7 @@ def _merge(context: Context, stage: Merge, seed: int, folder: Path) -> dict[str,
         if accelerator.is_main_process:
             save_model(task, loaded, folder / "model", described(context, stage))
     seconds = time.perf_counter() - started
-    figures = beside.measure(context, stage, loaded, names, models, folder)
+    figures = beside.measure(context, stage, loaded, names, models, folder, known)
     falls_back = stage.fallback is not None and figures.loses
     if falls_back:
         kept = names.index(figures.names[figures.best or 0])
@@ -477,7 +477,7 @@ def check_data(context: Context, stage: Merge) -> None:
                 f"{where}: {what} on validation data, and there are none",
                 "give data with a validation split, or hold training rows out: data.validation_size",
             )
-    if method.needs_validation and method.needs_loss:
+    if method.needs_validation and method.takes_loss(context.task(stage)):
         measuring.refuse_lacking_loss(where, name, context.task(stage), info, "validation")
     asked = [_asked_on(context, stage, i) for i in range(len(stage.models))]
     measuring.refuse_lacking_data(where, name, method, asked)

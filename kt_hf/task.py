@@ -109,6 +109,8 @@ class Task:
     """What the loss and the scores are counted in."""
     has_loss: bool = True
     """False where only a strategy can give an objective (dual encoders)."""
+    has_scores: ClassVar[bool] = True
+    """False where `scores` is refused whatever the data."""
     metric: str = "accuracy"
     """The metric that decides, for selection and in the report."""
     greater_is_better: bool = True

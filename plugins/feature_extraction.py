@@ -55,6 +55,7 @@ class FeatureExtraction(Task):
 
     auto_class = "AutoModel"
     adapter_type = "FEATURE_EXTRACTION"
+    has_scores = False
     conformance = {
         "roles": ("text", "text_pair", "label"),
         "model": tiny.BERT,

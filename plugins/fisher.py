@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch.nn import functional as F
 
-from kt_hf import MergeMethod
+from kt_hf import MergeMethod, Task
 from kt_hf.errors import RecipeError
 from kt_hf.functional.measured import add_squares_, fisher_mean
 from kt_hf.merge import check_weights
@@ -44,9 +44,8 @@ class Fisher(MergeMethod):
         self.examples, self.labels, self.weights = examples, labels, weights
         self.normalize, self.epsilon = normalize, epsilon
 
-    @property
-    def needs_loss(self) -> bool:  # type: ignore[override]
-        return self.labels == "data"
+    def takes_loss(self, task: Task) -> bool:
+        return self.labels == "data" or not task.has_scores
 
     def check(self, num_parents: int) -> None:
         check_weights("fisher", self.weights, num_parents, positive=True)

@@ -54,6 +54,7 @@ class ZeroShotImageClassification(classification.Classification, Task):
         Role("label", ("class",), required=False, aliases=("labels", "target", "category")),
     )
     has_loss = False
+    has_scores = False
     cache_rows = False
     augments = "image"
 
