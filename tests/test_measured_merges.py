@@ -506,6 +506,10 @@ def test_tasks_without_a_loss_are_refused(tmp_path):
     bench = Bench("zero-shot-image-classification", tmp_path)
     with pytest.raises(NotMeaningful, match="learned_soup takes the task's loss"):
         measuring.refuse_lacking_loss("stages.s", "learned_soup", bench.task, bench.info, "validation")
+    with pytest.raises(NotMeaningful, match="fisher takes the task's loss"):  # nor has it scores to draw answers by
+        measuring.refuse_lacking_data("stages.s", "fisher", Fisher(), [(bench.task, bench.info)])
+    words = Bench("text-classification", tmp_path / "words")
+    measuring.refuse_lacking_data("stages.s", "fisher", Fisher(), [(words.task, words.info)])
 
 
 @pytest.mark.parametrize(
