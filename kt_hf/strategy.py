@@ -65,6 +65,8 @@ class Strategy(nn.Module):
     """What the loss is about: single examples, the batch as a whole (accumulation is refused), or the weights."""
     adds_objective: ClassVar[bool] = False
     """True where `loss` is something to train on; tasks without a loss of their own need one."""
+    needs_scores: ClassVar[bool] = False
+    """Whether `loss` takes the task's `scores`: a task without is refused before anything is run."""
     neutral: ClassVar[dict[str, Any] | None] = None
     """Settings under which the strategy equals its absence exactly; the conformance kit checks it."""
     conformance: ClassVar[dict[str, Any]] = {}

@@ -34,7 +34,7 @@ from kt_hf import (
 )
 from kt_hf.bundle import Bundle, Position
 from kt_hf.clock import Clock, Tracer, named
-from kt_hf.errors import NonFiniteError, RecipeError, nearest
+from kt_hf.errors import NonFiniteError, NotMeaningful, RecipeError, nearest
 from kt_hf.facts import Run
 from kt_hf.feed import Feed, Sizes, global_batch
 from kt_hf.loader import Plan
@@ -756,6 +756,12 @@ def check_stack(strategies: dict[str, Strategy], training: Training, task: Any, 
                     "exclude each other: its loss is about the batch as a whole",
                     "raise per_device_train_batch_size, with forward_chunk_size to save memory",
                 )
+    for name, strategy in strategies.items():
+        if strategy.needs_scores and not task.has_scores:
+            raise NotMeaningful(
+                f"{where}: '{name}' takes scores over classes, and {type(task).__name__} has none",
+                "use another strategy or task",
+            )
     if not task.has_loss and not any(type(s).adds_objective for s in strategies.values()):
         raise RecipeError(
             f"{where}: {type(task).__name__} has no loss and no strategy of {', '.join(strategies)} adds one",

@@ -21,6 +21,7 @@ class Distill(Strategy):
 
     paper = "Hinton, Vinyals, Dean 2015, Distilling the Knowledge in a Neural Network, arXiv:1503.02531"
     adds_objective = True
+    needs_scores = True
     neutral = {"alpha": 0.0}
 
     def __init__(

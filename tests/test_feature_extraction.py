@@ -302,7 +302,7 @@ def test_every_strategy(folder: Path, tmp_path: Path) -> None:
     )
     taught = Train("taught", strategies=[{"distill": {"teacher": f"{trained}/model"}}], **{"model": model()})
     refused = [
-        ([taught], "has no scores over classes"),
+        ([taught], "takes scores over classes, and FeatureExtraction has none"),
         ([Ensemble("together", "mean", models=[f"{trained}/model"] * 2)], "has no output ensembles"),
     ]
     for i, (stages, message) in enumerate(refused):
