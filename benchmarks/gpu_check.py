@@ -72,7 +72,7 @@ from transformers import (  # noqa: E402
     ResNetConfig,
     ViTConfig,
 )
-from turns import Turns  # noqa: E402
+from turns import Turn, Turns  # noqa: E402
 
 from kt_hf import Strategy, randomness, zero3  # noqa: E402
 from kt_hf.errors import NonFiniteError  # noqa: E402
@@ -414,10 +414,6 @@ def no_syncs(bench: Bench) -> tuple[bool, str]:
     return not ours, f"8 steps of {trainings} trainings (plain, bf16; ema, distill, lora); waits: {shown}"
 
 
-def no_turn() -> None:
-    pass
-
-
 class Loops:
     """Our trainer and a hand-written loop that also clips, schedules and logs every ten steps, on the same batches."""
 
@@ -431,7 +427,7 @@ class Loops:
         ]
         self.batches = [{k: v.pin_memory() for k, v in item.items()} if bench.cuda else item for item in items]
 
-    def bare(self, turn: Callable[[], None] = no_turn) -> None:
+    def bare(self, turn: Turn = lambda: None) -> None:
         device = self.bench.accelerator.device
         torch.manual_seed(42)
         model = self.task.model(**SIZES[self.size]).to(device).train()
@@ -454,7 +450,7 @@ class Loops:
                 total.item()
                 total.zero_()
 
-    def ours(self, turn: Callable[[], None] = no_turn) -> None:
+    def ours(self, turn: Turn = lambda: None) -> None:
         settings = {"max_steps": self.steps, "logging_steps": 10, "bf16": self.bench.cuda, "optim": "adamw_torch_fused"}
         trainer = self.bench.trainer(
             finetune(), self.task, self.size, per_device_train_batch_size=self.batch, **settings
@@ -745,7 +741,8 @@ def main() -> int:
     facts = {"device": options.device, "machine": about}
     known = json.loads(options.output.read_text()) if options.output.exists() else {}
     if {name: known.get(name) for name in facts} == facts:  # what was found here before stays
-        checks = {name: {**known["checks"], **checks}[name] for name in CHECKS if name in {**known["checks"], **checks}}
+        both = {**known["checks"], **checks}
+        checks = {name: both[name] for name in CHECKS if name in both}
     options.output.write_text(json.dumps({**facts, "checks": checks}, indent=1) + "\n")
     failed = [name for name, found in checks.items() if found["result"] == "FAILED"]
     print(f"\n{len(checks) - len(failed)} of {len(checks)} without failure; figures in {options.output}")

@@ -27,9 +27,6 @@ class MergeMethod:
     """Whether `fit` chooses on validation data."""
     measures_on: ClassVar[Literal["train", "validation"] | None] = None
     """The split on whose rows `measure` asks every parent; None: there is nothing to ask."""
-    needs_loss: ClassVar[bool] = False
-    """Whether `measure`, or what `fit` does with the parents, takes the loss of any task, and with it the rows' labels;
-    see `takes_loss`."""
     min_parents: ClassVar[int] = 1
     max_parents: ClassVar[int | None] = None
     """None: any number."""
@@ -55,8 +52,9 @@ class MergeMethod:
         """Refuse, by a `RecipeError`, settings that do not fit so many parents. Called before anything is read."""
 
     def takes_loss(self, task: Task) -> bool:
-        """`needs_loss`, where it depends on the task. What has none of its own is refused before anything is run."""
-        return self.needs_loss
+        """Whether `measure`, or what `fit` does with the parents, takes the task's loss, and with it the rows' labels.
+        What has none of its own is then refused before anything is run."""
+        return False
 
     def measure(self, parent: Parent, run: MergeRun) -> dict[str, torch.Tensor]:
         """What a parent must be asked before the tensors are merged: name of a parameter of `parent.model` -> what was

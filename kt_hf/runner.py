@@ -377,7 +377,7 @@ def _plan_training(context: Context, stage: Train) -> None:
 def _plan_ensemble(context: Context, stage: Ensemble) -> None:
     """Whether the task has output ensembles, and the data what their weights are fitted to."""
     task, info = context.task(stage), context.info(stage)
-    if type(task).from_scores is Task.from_scores or not task.has_scores:
+    if type(task).from_scores is Task.from_scores:
         raise RecipeError(
             f"stages.{stage.name}: {type(task).__name__} has no output ensembles", "merge in weight space instead"
         )

@@ -44,7 +44,7 @@ def digest(names: Iterable[str]) -> str:
         path = _file(name)
         if path is None:
             parts.append(f"{name} {_THIS_PROCESS if name in roots else ''}")
-        elif top not in own and any(_installs(folder) for folder in path.parents):
+        elif top not in own and any(_installed(top, folder) for folder in path.parents):
             parts.append(f"{top} {_version(top)}")
         elif top not in own and (written := _of_many_files(top)):
             parts.append(f"{top} {written}")
@@ -74,9 +74,18 @@ def _file(name: str) -> Path | None:
 
 
 @functools.cache
-def _installs(folder: Path) -> bool:
-    """Whether packages were installed into a folder, be it of an environment or one that was named to pip."""
-    return folder.name in ("site-packages", "dist-packages") or next(folder.glob("*.dist-info"), None) is not None
+def _installed(top: str, folder: Path) -> bool:
+    """Whether a package was installed into a folder: an environment's, or one that was named to pip, in which code of
+    one's own may lie as well."""
+    if folder.name in ("site-packages", "dist-packages"):
+        return True
+    return next(folder.glob("*.dist-info"), None) is not None and top in _distributed()
+
+
+@functools.cache
+def _distributed() -> set[str]:
+    """Top-level names of all distributions."""
+    return set(importlib.metadata.packages_distributions())
 
 
 @functools.cache

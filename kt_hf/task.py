@@ -109,8 +109,6 @@ class Task:
     """What the loss and the scores are counted in."""
     has_loss: bool = True
     """False where only a strategy can give an objective (dual encoders)."""
-    has_scores: ClassVar[bool] = True
-    """False where `scores` is refused whatever the data."""
     metric: str = "accuracy"
     """The metric that decides, for selection and in the report."""
     greater_is_better: bool = True
@@ -237,6 +235,11 @@ class Task:
         """What the model decides of a training batch before it is run on it, such as which of its rows make a hard
         pair. Without gradient, under a seed, once per micro-batch: teachers and chunks see the same."""
         return batch
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether it has `scores` of its own."""
+        return type(self).scores is not Task.scores
 
     def scores(self, outputs: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """(scores_NC, weight_N): logits over classes for every unit, weight 0 where a unit does not count."""

@@ -48,6 +48,6 @@ class Breadcrumbs(MergeMethod):
     def tensor(self, name: str, tensors_M: list[torch.Tensor], base: torch.Tensor | None, stats: Any) -> torch.Tensor:
         assert base is not None
         weights_M = self.weights or [1.0] * len(tensors_M)
-        return task_vectors.merged_breadcrumbs(
+        return task_vectors.breadcrumbs(
             base, tensors_M, weights_M, self.density, self.outliers, self.scaling, self.combine
         )

@@ -50,10 +50,10 @@ class Dare(MergeMethod):
         assert base is not None
         weights_M = self.weights or [1.0] * len(tensors_M)
         makes_M = [partial(self._drop, number("dare", self.seed, name, i)) for i in range(len(tensors_M))]
-        if self.rescale == "l1":
-            sparse_M = [task_vectors.keeping_l1(make, t, base) for make, t in zip(makes_M, tensors_M, strict=True)]
-        else:
-            sparse_M = [make() for make in makes_M]
+        sparse_M = [
+            task_vectors.keeping_l1(make, tensor, base) if self.rescale == "l1" else make()
+            for make, tensor in zip(makes_M, tensors_M, strict=True)
+        ]
         return task_vectors.by_parts(base, tensors_M, sparse_M, weights_M, self.scaling, self.combine)
 
     def _drop(self, seed: int) -> task_vectors.Sparse:

@@ -58,11 +58,10 @@ class Della(MergeMethod):
         weights_M = self.weights or [1.0] * len(tensors_M)
         count = task_vectors.row_length(base)
         makes_M = [partial(self._drop, number("della", self.seed, name, i), base) for i in range(len(tensors_M))]
-        if self.rescale == "l1":
-            pairs = zip(makes_M, tensors_M, strict=True)
-            sparse_M = [task_vectors.keeping_l1(make, tensor, base, count) for make, tensor in pairs]
-        else:
-            sparse_M = [make() for make in makes_M]
+        sparse_M = [
+            task_vectors.keeping_l1(make, tensor, base, count) if self.rescale == "l1" else make()
+            for make, tensor in zip(makes_M, tensors_M, strict=True)
+        ]
         return task_vectors.by_parts(base, tensors_M, sparse_M, weights_M, self.scaling, self.combine, unit=count)
 
     def _drop(self, seed: int, base: torch.Tensor) -> task_vectors.Sparse:

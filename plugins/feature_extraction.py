@@ -55,7 +55,6 @@ class FeatureExtraction(Task):
 
     auto_class = "AutoModel"
     adapter_type = "FEATURE_EXTRACTION"
-    has_scores = False
     conformance = {
         "roles": ("text", "text_pair", "label"),
         "model": tiny.BERT,

@@ -26,7 +26,6 @@ class LearnedSoup(MergeMethod):
 
     paper = "Wortsman et al. 2022, Model soups, appendix I, arXiv:2203.05482"
     needs_validation = True
-    needs_loss = True
     elementwise = True
 
     def __init__(
@@ -42,6 +41,9 @@ class LearnedSoup(MergeMethod):
         self.groups: dict[str, int] = {}
         """Names in the files -> row of the coefficients; of all others it is the last."""
         self.losses: list[float] = []
+
+    def takes_loss(self, task: Any) -> bool:
+        return True
 
     def fit(self, run: Any) -> None:
         parent = run.parent(0)

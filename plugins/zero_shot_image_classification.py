@@ -54,7 +54,6 @@ class ZeroShotImageClassification(classification.Classification, Task):
         Role("label", ("class",), required=False, aliases=("labels", "target", "category")),
     )
     has_loss = False
-    has_scores = False
     cache_rows = False
     augments = "image"
 
@@ -172,15 +171,8 @@ class ZeroShotImageClassification(classification.Classification, Task):
     def loss(self, outputs: Any, batch: dict[str, Any], label_smoothing: float = 0.0) -> Any:
         raise RecipeError("zero-shot-image-classification has no loss of its own", "add the strategy 'contrastive'")
 
-    def scores(self, outputs: Any, batch: dict[str, Any]) -> Any:
-        """Refused: other rows of a batch are no classes, and class names are embedded for evaluation alone."""
-        raise RecipeError(
-            "zero-shot-image-classification has no scores over classes in training",
-            "use strategies on features, or the task image-classification",
-        )
-
-    def from_scores(self, scores_NC: torch.Tensor, weight_N: torch.Tensor, batch: dict[str, Any]) -> Any:
-        raise RecipeError("zero-shot-image-classification has no output ensembles", "merge in weight space instead")
+    # none: other rows of a batch are no classes, and class names are embedded for evaluation alone
+    scores, from_scores = Task.scores, Task.from_scores
 
     def features(self, outputs: Any, batch: dict[str, Any]) -> torch.Tensor:
         """The image embeddings, of length 1."""

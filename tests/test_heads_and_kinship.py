@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import Counter
 from pathlib import Path
 
 import datasets
@@ -26,7 +27,7 @@ from transformers import (
     WhisperConfig,
 )
 
-from kt_hf import Data, Merge, Model, Recipe, Train, cli, heads, kinship, merge_command, run, trial
+from kt_hf import Data, Merge, Model, Recipe, Train, beside, cli, heads, kinship, merge_command, run, trial
 from kt_hf.errors import IntegrityError, RecipeError
 from kt_hf.folder import finished
 
@@ -250,13 +251,18 @@ def merged(tmp_path_factory) -> tuple[Path, dict[str, dict]]:
     flipped = Data(shapes(root / "flipped", {"train": True}))
     stages = [
         Train("base", model=Model(config="vit", config_overrides=VIT), training={**FAST, "max_steps": 2}),
-        Train("good", model=Model("@base"), training={**FAST, "max_steps": 30}),
+        Train("good", model=Model("@base"), training={**FAST, "max_steps": 30, "eval_steps": 30}),
         Train("bad", data=flipped, model=Model("@base"), training={**FAST, "max_steps": 30}),
         Merge("mean", "uniform_soup", models=["@bad", "@good"]),
         Merge("kept", "uniform_soup", models=["@bad", "@good"], fallback="best_parent"),
         Merge("half", "uniform_soup", models=["@good", "@good"], dtype="bfloat16", max_shard_size="4KB"),
     ]
-    report = run(Recipe(stages, data=Data(shapes(root / "data", {}))), root / "out")
+    asked, value = Counter(), beside._value
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(beside, "_value", lambda c, stage, *a: (asked.update([stage.name]), value(c, stage, *a))[1])
+        report = run(Recipe(stages, data=Data(shapes(root / "data", {}))), root / "out")
+    # the merge itself, and who was not validated on these data; of the other it is known from its training
+    assert asked == {"mean": 2, "kept": 2, "half": 1}
     return root / "out", {stage["name"]: stage for stage in report["stages"]}
 
 

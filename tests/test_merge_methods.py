@@ -26,7 +26,7 @@ from test_merging import FAST, shapes, summary
 from kt_hf import Data, Merge, Model, Recipe, Train, merge_command, merging, registry, report, run
 from kt_hf.errors import IntegrityError, RecipeError
 from kt_hf.functional import spherical, task_vectors
-from kt_hf.functional.magnitude import PART, keep_largest, magnitude_threshold, num_kept, ranks_of_rows
+from kt_hf.functional.magnitude import PART, Keep, magnitude_threshold, num_kept, ranks_of_rows
 
 CLOSE = {"atol": 1e-6, "rtol": 1e-5}
 BASED = ("task_arithmetic", "ties", "dare", "della", "breadcrumbs", "model_stock", "wise_ft")
@@ -110,7 +110,9 @@ def test_ties_elects_the_positive_sign_where_the_sum_is_zero_and_leaves_zeros_ou
 def test_no_order_of_the_parents_turns_a_sign():
     """0.1 + 0.2 - 0.3 in float32 is above, at or below 0, as one adds up."""
     values = [torch.full((64,), v) for v in (0.1, 0.2, -(torch.tensor(0.1).double() + torch.tensor(0.2).double()))]
-    found = [task_vectors.elected_mean([values[i] for i in o], [1.0] * 3) for o in ((0, 1, 2), (2, 0, 1), (1, 2, 0))]
+    found = [
+        task_vectors.elected_mean([values[i].clone() for i in o], [1.0] * 3) for o in ((0, 1, 2), (2, 0, 1), (1, 2, 0))
+    ]
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
@@ -123,7 +125,7 @@ def test_ties_and_trimming_are_those_of_peft(density):
     torch.testing.assert_close(merged("ties", tensors_M, zero, density=density), theirs, atol=1e-5, rtol=1e-5)
     weights = [0.5, 2.0, 1.0]
     theirs = merge_utils.magnitude_prune(tensors_M, torch.tensor(weights), density)
-    ours = task_vectors.combined(zero, [keep_largest(t, num_kept(density, 1200)) for t in tensors_M], weights)
+    ours = task_vectors.by_parts(zero, tensors_M, [Keep(t, num_kept(density, 1200)) for t in tensors_M], weights)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
@@ -132,7 +134,6 @@ def test_ties_breaks_ties_by_position_also_where_they_are_in_different_parts():
     base, one = torch.zeros(n), torch.ones(n)
     found = merged("ties", [one, one], base, density=0.999)
     assert torch.equal(found, (torch.arange(n) < int(0.999 * n)).float())
-    assert torch.equal(found, keep_largest(one, int(0.999 * n)))
 
 
 @pytest.mark.parametrize("combine", ["linear", "ties"])
@@ -176,6 +177,18 @@ def test_dare_drops_by_its_density_and_keeps_the_mean():
     assert l1.abs().sum().item() == pytest.approx(vector.abs().sum().item(), rel=1e-5)
     plain = task_vectors.drop(vector, 0.3, generator, rescale=False)
     assert set((plain[plain != 0] / vector[plain != 0]).tolist()) == {1.0}
+
+
+@pytest.mark.parametrize("name", ["dare", "della"])
+def test_the_sum_of_magnitudes_stays_over_all_parts(name):
+    """Also where rows end elsewhere than parts, and though each part loses another share."""
+    vector = normal(5, 3, PART // 2 + 1) * torch.linspace(0.1, 9, 3)[:, None]
+    found = merged(name, [vector], torch.zeros_like(vector), density=0.4, rescale="l1", combine="linear")
+    kept = found != 0
+    assert kept.float().mean().item() == pytest.approx(0.4, abs=0.01)
+    torch.testing.assert_close(found.abs().sum(), vector.abs().sum(), rtol=1e-5, atol=0)
+    factors = found[kept] / vector[kept]
+    torch.testing.assert_close(factors, factors[0].expand_as(factors))
 
 
 def test_dare_rescaled_by_l1_with_nothing_left_is_the_base():
@@ -472,8 +485,8 @@ def test_the_threshold_is_that_of_kthvalue(name):
         expected = torch.zeros(n)
         first = sizes.argsort(descending=True, stable=True)[:k]
         expected[first] = values[first]
-        assert torch.equal(keep_largest(values, k), expected), k
-        assert torch.equal(keep_largest(values.double(), k), expected.double()), k
+        assert torch.equal(Keep(values, k)(values), expected), k
+        assert torch.equal(Keep(values.double(), k)(values.double()), expected.double()), k
 
 
 def test_the_ranks_of_rows_are_those_of_a_stable_sort():

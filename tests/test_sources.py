@@ -134,7 +134,7 @@ def test_libraries_are_not_read_wherever_they_were_installed(project, monkeypatc
     import kt_hf
     from kt_hf import sources
 
-    monkeypatch.setattr(kt_hf, "BEGAN", time.time() + 1)
+    monkeypatch.setattr(kt_hf, "BEGAN", time.time() + 3600)
     for name in ("bought", "cloned"):
         package = project / name / name
         package.mkdir(parents=True)
@@ -144,20 +144,26 @@ def test_libraries_are_not_read_wherever_they_were_installed(project, monkeypatc
     installed = project / "bought" / "bought-1.5.dist-info"
     installed.mkdir()
     (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: bought\nVersion: 1.5\n")
-    (project / "mine" / "task.py").write_text("import bought.a\nimport cloned.a\n")
+    (installed / "RECORD").write_text("bought/__init__.py,,\nbought/a.py,,\nbought/b.py,,\n")
+    beside = project / "bought" / "beside.py"  # one's own, in the folder that was named to pip
+    beside.write_text("")
+    (project / "mine" / "task.py").write_text("import beside\nimport bought.a\nimport cloned.a\n")
     monkeypatch.syspath_prepend(str(project))
     monkeypatch.setattr(sources, "MANY_FILES", 2)
     read, parsed = [], sources._parsed
     monkeypatch.setattr(sources, "_parsed", lambda path, *facts: read.append(path.name) or parsed(path, *facts))
 
     def found() -> str:
-        for cache in (sources._installs, sources._of_many_files, sources._version):
-            cache.cache_clear()
+        for cached in (sources._installed, sources._distributed, sources._of_many_files, sources._version):
+            cached.cache_clear()
         return sources.digest(["mine.task"])
 
     first = found()
-    assert set(read) == {"task.py"}, "the task's own and nothing else"
+    assert set(read) == {"task.py", "beside.py"}, "the task's own, what is one's own beside a library, and nothing else"
     assert found() == first
+    beside.write_text("changed = True\n")
+    assert found() != first
+    beside.write_text("")
     (project / "bought" / "bought" / "b.py").write_text("changed = True\n")
     assert found() == first, "what was installed changes with its version"
     (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: bought\nVersion: 1.6\n")

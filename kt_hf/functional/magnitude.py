@@ -130,11 +130,6 @@ class KeepBetween:
         return self.all(part) - self.top(part)
 
 
-def keep_largest(values: torch.Tensor, k: int) -> torch.Tensor:
-    """`values` with all but the k largest magnitudes set to 0; of equal ones the first stay."""
-    return Keep(values, k)(values.reshape(-1)).reshape(values.shape).clone()
-
-
 def num_kept(density: float, numel: int) -> int:
     """How many of `numel` a density keeps: rounded down as in peft and mergekit, but one at least where it is not 0."""
     return max(int(density * numel), 1) if density > 0 and numel else 0

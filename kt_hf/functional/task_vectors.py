@@ -1,14 +1,14 @@
 """Merges of task vectors, tau_m = theta_m - theta_0, as pure functions of one tensor. Shapes: M models, C elements of a
 part, R rows of N elements.
 
-What is random comes from a source of bits that is given (numpy's SFC64 is the fastest, many times faster than torch's
-generator). All trim or drop within a tensor; density is the fraction kept.
+What is random comes from a source of bits that is given. All trim or drop within a tensor; density is the fraction
+kept.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -53,34 +53,35 @@ def elected_mean(
     of their |w_m|, as mergekit does; `none` leaves the sum, as mergekit does without `normalize`. The first two are one
     where all weights are 1. Elects by weighted values, as mergekit does (peft weighs after the election; the paper has
     no weights). Sums up in float64, so that the order of the models does not decide a sign.
+    Writes into the vectors.
     Source: Yadav et al. 2023, TIES-Merging, steps 2 and 3 (elect, disjoint merge) (arXiv:2306.01708).
     """
-    merged = torch.empty_like(vectors_M[0], memory_format=torch.contiguous_format)
-    part = PART // len(vectors_M)
-    parts_M = [vector.reshape(-1).split(part) for vector in vectors_M]
-    for out_C, *parts in zip(merged.view(-1).split(part), *parts_M, strict=True):
-        out_C.copy_(_elected_mean([given.clone() for given in parts], weights_M, divide_by))
-    return merged
-
-
-def _elected_mean(parts_M: Sequence[torch.Tensor], weights_M: Sequence[float], divide_by: str) -> torch.Tensor:
-    """`elected_mean` of parts. Writes into them. Truth values are kept as numbers of the same type: to multiply by
-    others takes five times as long."""
-    for part_C, weight in zip(parts_M, weights_M, strict=True):
+    for vector_C, weight in zip(vectors_M, weights_M, strict=True):
         if weight != 1:
-            part_C.mul_(weight)
-    sum_C = parts_M[0].to(torch.float64, copy=True)
-    for part_C in parts_M[1:]:
-        sum_C.add_(part_C.double())
-    elected_C = sum_C.to(parts_M[0].dtype).ge_(0).mul_(2).sub_(1)
+            vector_C.mul_(weight)
+    sum_C = vectors_M[0].to(torch.float64, copy=True)
+    for vector_C in vectors_M[1:]:
+        sum_C.add_(vector_C.double())
+    # truth values as numbers of the same type, which multiply faster
+    elected_C = sum_C.to(vectors_M[0].dtype).ge_(0).mul_(2).sub_(1)
     merged_C, shares_C, agrees_C = (torch.zeros_like(elected_C) for _ in range(3))
-    for part_C, weight in zip(parts_M, weights_M, strict=True):
-        merged_C.add_(part_C.mul_(elected_C).relu_())
+    for vector_C, weight in zip(vectors_M, weights_M, strict=True):
+        merged_C.add_(vector_C.mul_(elected_C).relu_())
         if divide_by != "none":
-            torch.gt(part_C, 0, out=agrees_C)
+            torch.gt(vector_C, 0, out=agrees_C)
             shares_C.add_(agrees_C, alpha=abs(weight) if divide_by == "weights" else 1.0)
     merged_C.mul_(elected_C)
     return merged_C if divide_by == "none" else merged_C.div_(shares_C.clamp_(min=TINY))
+
+
+def _parts(
+    base: torch.Tensor, tensors_M: Sequence[torch.Tensor], unit: int
+) -> Iterator[tuple[torch.Tensor, list[torch.Tensor]]]:
+    """(part of the base, the same part of every task vector), one after another."""
+    part = max(PART // unit, 1) * unit
+    parts_M = [tensor.reshape(-1).split(part) for tensor in tensors_M]
+    for base_C, *given in zip(base.reshape(-1).split(part), *parts_M, strict=True):
+        yield base_C, [tensor_C.to(base_C.dtype) - base_C for tensor_C in given]
 
 
 def ties(
@@ -112,38 +113,24 @@ def by_parts(
     divide_by: Division = "count",
     unit: int = 1,
 ) -> torch.Tensor:
-    """`combined` of what `sparse_M` leave of the task vectors, part by part: no task vector is ever whole. The models'
-    tensors may be in another precision than the base, which is that of the result.
+    """theta_0 + scaling * (the weighted sum of what `sparse_M` leave of the task vectors, or its `elected_mean`), part
+    by part: no task vector is ever whole. The models' tensors may be in another precision than the base, which is that
+    of the result.
 
     unit: elements that are not to be parted.
     """
-    part = max(PART // unit, 1) * unit
-    merged = torch.empty_like(base, memory_format=torch.contiguous_format)
-    parts_M = [tensor.reshape(-1).split(part) for tensor in tensors_M]
-    for out_C, base_C, *parts in zip(merged.view(-1).split(part), base.reshape(-1).split(part), *parts_M, strict=True):
-        vectors_M = [sparse(given.to(base_C.dtype) - base_C) for sparse, given in zip(sparse_M, parts, strict=True)]
+    merged, start = torch.empty_like(base, memory_format=torch.contiguous_format), 0
+    for base_C, taus_M in _parts(base, tensors_M, unit):
+        out_C, start = merged.view(-1)[start : start + len(base_C)], start + len(base_C)
+        vectors_M = [sparse(tau_C) for sparse, tau_C in zip(sparse_M, taus_M, strict=True)]
         if combine == "ties":
-            mean_C = _elected_mean(vectors_M, weights_M, divide_by)
+            mean_C = elected_mean(vectors_M, weights_M, divide_by)
             torch.add(base_C, mean_C, alpha=scaling, out=out_C)
             continue
         out_C.copy_(base_C)
         for vector_C, weight in zip(vectors_M, weights_M, strict=True):
             out_C.add_(vector_C, alpha=scaling * weight)
     return merged
-
-
-def combined(
-    base: torch.Tensor,
-    vectors_M: Sequence[torch.Tensor],
-    weights_M: Sequence[float],
-    scaling: float = 1.0,
-    combine: Combination = "linear",
-    divide_by: Division = "count",
-) -> torch.Tensor:
-    """theta_0 + scaling * (the weighted sum of what is left of the task vectors, or their elected mean)."""
-    if combine == "linear":
-        return task_arithmetic(base, vectors_M, weights_M, scaling)
-    return torch.add(base, elected_mean(vectors_M, weights_M, divide_by), alpha=scaling)
 
 
 def draws(shape: Sequence[int], source: np.random.BitGenerator) -> torch.Tensor:
@@ -214,27 +201,14 @@ def keeping_l1(make: Callable[[], Sparse], tensor: torch.Tensor, base: torch.Ten
     unit: as in `by_parts`. What mergekit's `rescale` does.
     """
     sparse, left, whole = make(), 0.0, 0.0
-    part = max(PART // unit, 1) * unit
-    for given, base_C in zip(tensor.reshape(-1).split(part), base.reshape(-1).split(part), strict=True):
-        vector_C = given.to(base_C.dtype) - base_C
+    for _, (vector_C,) in _parts(base, [tensor], unit):
         whole += float(vector_C.abs().sum(dtype=torch.float64))
         left += float(sparse(vector_C).abs().sum(dtype=torch.float64))
     again, factor = make(), whole / left if left > 0 else 1.0
     return lambda part_C: again(part_C) * factor
 
 
-def breadcrumbs(vector: torch.Tensor, density: float, outliers: float) -> torch.Tensor:
-    """The task vector without its largest magnitudes (the fraction `outliers`) and without the smallest: the fraction
-    `density` next to the outliers stays.
-
-    Source: Davari & Belilovsky 2023, Model Breadcrumbs, the mask of a layer (arXiv:2312.06795); their beta, the
-    fraction of the smallest that is masked, is 1 - density - outliers.
-    """
-    between = KeepBetween(vector, int(outliers * vector.numel()), num_kept(density, vector.numel()))
-    return torch.cat([between(part) for part in vector.reshape(-1).split(PART)]).view(vector.shape)
-
-
-def merged_breadcrumbs(
+def breadcrumbs(
     base: torch.Tensor,
     tensors_M: Sequence[torch.Tensor],
     weights_M: Sequence[float],
@@ -243,7 +217,12 @@ def merged_breadcrumbs(
     scaling: float = 1.0,
     combine: Combination = "linear",
 ) -> torch.Tensor:
-    """`combined` of the `breadcrumbs` of task vectors, part by part."""
+    """`by_parts` of the task vectors without their largest magnitudes (the fraction `outliers`) and without the
+    smallest: the fraction `density` next to the outliers stays.
+
+    Source: Davari & Belilovsky 2023, Model Breadcrumbs, the mask of a layer (arXiv:2312.06795); their beta, the
+    fraction of the smallest that is masked, is 1 - density - outliers.
+    """
     top, count = int(outliers * base.numel()), num_kept(density, base.numel())
     sparse_M = [KeepBetween(tensor, top, count, base) for tensor in tensors_M]
     return by_parts(base, tensors_M, sparse_M, weights_M, scaling, combine)
